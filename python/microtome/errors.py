@@ -1,0 +1,68 @@
+"""The exceptions of microtome, by what the user can do about them.
+
+Operating-system failures stay :class:`OSError` with ``errno`` and ``filename``. A message is one line and has the form
+``<what failed>: <argument or path>: expected X, found Y. <what to do>``.
+"""
+
+__all__ = [
+    "CorruptShardError",
+    "DtypeError",
+    "Error",
+    "ForkedError",
+    "LockedError",
+    "ManifestError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "ShapeError",
+    "StoreError",
+    "UnsafeCheckpointError",
+    "VersionError",
+]
+
+
+class Error(Exception):
+    """Base of all exceptions of microtome."""
+
+
+class StoreError(Error):
+    """A store cannot do what was asked."""
+
+
+class CorruptShardError(StoreError):
+    """A file of a store is damaged; ``microtome verify`` lists what is affected."""
+
+
+class ManifestError(StoreError):
+    """The manifest of a store is damaged or names what it must not."""
+
+
+class VersionError(StoreError):
+    """A store was written by a format that this build does not read."""
+
+
+class LockedError(StoreError):
+    """Another writer holds the store."""
+
+
+class ShapeError(Error, ValueError):
+    """An argument has the wrong shape, size or range."""
+
+
+class DtypeError(Error, TypeError):
+    """An argument has the wrong element type."""
+
+
+class NonFiniteError(Error, ValueError):
+    """NaN or infinity where numbers are needed."""
+
+
+class ForkedError(Error, RuntimeError):
+    """An object was used in a forked child of the process that made it."""
+
+
+class UnsafeCheckpointError(Error):
+    """A file could run code when loaded and is refused."""
+
+
+class MissingExtraError(Error, ImportError):
+    """A package that comes with an extra is not installed."""

@@ -1,0 +1,110 @@
+"""Tensors and arrays on their way to the core and back, without a copy where memory allows.
+
+bf16 has no NumPy type: it crosses as ``("bfloat16", uint16 array)``, the same words under another name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from microtome.errors import DtypeError, MissingExtraError, ShapeError
+
+__all__ = ["CoreInput", "array", "core_matrix", "core_vector", "extra", "is_tensor", "to_tensor"]
+
+CoreInput: TypeAlias = npt.NDArray[Any] | tuple[str, npt.NDArray[np.uint16]]
+"""A matrix as the core takes it: float32 or float16, or bf16 words with their tag."""
+
+_FLOATS = "float32, float16 or bfloat16"
+
+
+def extra(package: str, name: str) -> Any:
+    """Import ``package``, or say that it comes with the extra called ``name``."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{package} is not installed. Install it with: pip install 'microtome[{name}]'"
+        ) from error
+
+
+def is_tensor(x: object) -> bool:
+    """Whether ``x`` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def core_matrix(x: Any, name: str) -> CoreInput:
+    """``x`` as a C-contiguous matrix for the core; no copy when it is one already.
+
+    Args:
+        x: array or tensor (any device) of float32, float16 or bfloat16, two-dimensional.
+        name: the argument's name in messages.
+
+    Raises:
+        DtypeError: another element type.
+        ShapeError: not two-dimensional.
+    """
+    words = array(x, name)
+    values = words[1] if isinstance(words, tuple) else words
+    if values.ndim != 2:
+        raise ShapeError(f"{name}: expected a matrix (n, d), found shape {values.shape}")
+    return words
+
+
+def core_vector(x: Any, name: str, length: int | None = None) -> npt.NDArray[np.float32]:
+    """``x`` as a contiguous float32 vector, of ``length`` where one is given."""
+    words = array(x, name)
+    if isinstance(words, tuple):
+        values = (words[1].astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.ascontiguousarray(words, np.float32)
+    if values.ndim != 1 or (length is not None and len(values) != length):
+        wanted = "a vector" if length is None else f"shape ({length},)"
+        raise ShapeError(f"{name}: expected {wanted}, found shape {values.shape}")
+    return values
+
+
+def array(x: Any, name: str) -> CoreInput:
+    """``x`` as contiguous float32 or float16 memory, or as tagged bf16 words, of any rank."""
+    if is_tensor(x):
+        return _tensor_words(x, name)
+    if isinstance(x, tuple) and len(x) == 2 and x[0] == "bfloat16":
+        return "bfloat16", np.ascontiguousarray(x[1])
+    values = np.asarray(x)
+    if values.dtype.name == "bfloat16":  # ml_dtypes
+        return "bfloat16", np.ascontiguousarray(values).view(np.uint16)
+    if values.dtype not in (np.float32, np.float16):
+        raise DtypeError(f"{name}: expected {_FLOATS}, found {values.dtype}. Cast it, e.g. .astype('float32')")
+    return np.ascontiguousarray(values)
+
+
+def _tensor_words(x: Any, name: str) -> CoreInput:
+    import torch
+
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise DtypeError(f"{name}: expected {_FLOATS}, found {x.dtype}. Cast it, e.g. .float()")
+    values = x.detach().cpu().contiguous()
+    if x.dtype == torch.bfloat16:
+        return "bfloat16", values.view(torch.uint16).numpy()
+    return values.numpy()  # type: ignore[no-any-return]
+
+
+def to_tensor(values: npt.NDArray[Any], dtype: str) -> Any:
+    """Memory of the core as a torch tensor of ``dtype``, without a copy; NumPy itself when torch is missing.
+
+    The memory may be a read-only map of a store: writing into the tensor is not allowed.
+    """
+    try:
+        import torch
+    except ImportError:
+        return values
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors and says so once
+        tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -1,0 +1,1 @@
+//! Cosines between the rows of two dictionaries.

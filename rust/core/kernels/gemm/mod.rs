@@ -1,0 +1,1 @@
+//! Packed matrix products whose epilogue selects: no product matrix is ever written.

@@ -1,0 +1,1 @@
+//! Gram tiles of centred rows, for CKA.

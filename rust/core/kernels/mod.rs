@@ -1,0 +1,8 @@
+//! Arithmetic on one block: slices in, numbers out. No I/O, no threads, no file names.
+
+pub mod cosine;
+pub mod gemm;
+pub mod gram;
+pub mod moments;
+pub mod sets;
+pub mod topk;

@@ -1,0 +1,1 @@
+//! Counts, sums, sums of squares and maxima per feature, from sparse codes.

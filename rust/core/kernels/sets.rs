@@ -1,0 +1,1 @@
+//! Bitsets over nodes: intersection and union by popcount.

@@ -1,0 +1,1 @@
+//! Top-K selection: the k largest positive scores, ties to the lower index.

@@ -1,0 +1,1 @@
+//! Fraction of variance unexplained.

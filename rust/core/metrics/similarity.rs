@@ -1,0 +1,1 @@
+//! Decoder cosines and best matches between dictionaries.

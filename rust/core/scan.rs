@@ -1,0 +1,179 @@
+//! The parallel scan: a fixed grid of blocks, results in block order, a cancel flag, a progress counter.
+//!
+//! The grid depends on the number of rows and on nothing else: not on threads, shards or the order of completion. Each
+//! block is computed by one thread, and partial results are merged in block order. That is all it takes for results that
+//! are the same bit for bit on one thread and on sixty-four.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rayon::prelude::*;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::metrics::Fold;
+use crate::rows::{Data, Rows};
+
+/// Rows per block of the grid, unless the caller chooses another.
+pub const BLOCK_ROWS: usize = 4096;
+
+/// Where the rows of a scan come from: an array in memory or a selection of a store.
+pub trait Source: Sync {
+    /// Number of rows.
+    fn n_rows(&self) -> usize;
+    /// Width of a row.
+    fn d(&self) -> usize;
+    /// Element type.
+    fn dtype(&self) -> Dtype;
+    /// The rows of `range`: borrowed where they lie side by side, else gathered into `buffer`.
+    fn read<'a>(&'a self, range: Range<usize>, buffer: &'a mut Buffer) -> Result<Rows<'a>>;
+}
+
+impl Source for Rows<'_> {
+    fn n_rows(&self) -> usize {
+        self.n()
+    }
+    fn d(&self) -> usize {
+        Rows::d(self)
+    }
+    fn dtype(&self) -> Dtype {
+        Rows::dtype(self)
+    }
+    fn read<'a>(&'a self, range: Range<usize>, _buffer: &'a mut Buffer) -> Result<Rows<'a>> {
+        Ok(self.slice(range))
+    }
+}
+
+/// Reusable space for gathered rows, aligned for every element type.
+#[derive(Default, Debug)]
+pub struct Buffer {
+    words: Vec<u64>,
+}
+
+impl Buffer {
+    /// Space for `len` bytes; what it holds is unspecified.
+    pub fn bytes(&mut self, len: usize) -> &mut [u8] {
+        self.words.resize(len.div_ceil(8), 0);
+        &mut bytemuck::cast_slice_mut(&mut self.words)[..len]
+    }
+
+    /// The first `n * d` elements as rows.
+    pub fn rows(&self, dtype: Dtype, n: usize, d: usize) -> Result<Rows<'_>> {
+        let bytes = &bytemuck::cast_slice::<u64, u8>(&self.words)[..n * d * dtype.size()];
+        let data = match dtype {
+            Dtype::F32 => Data::F32(bytemuck::cast_slice(bytes)),
+            Dtype::F16 => Data::F16(bytemuck::cast_slice(bytes)),
+            Dtype::Bf16 => Data::Bf16(bytemuck::cast_slice(bytes)),
+        };
+        Rows::new(data, d)
+    }
+}
+
+/// What a running computation shares with the thread that waits for it.
+#[derive(Debug)]
+pub struct Context<'a> {
+    /// Set by the waiting thread to stop the work; polled once per block.
+    pub cancel: &'a AtomicBool,
+    /// Rows done so far.
+    pub done: &'a AtomicU64,
+    /// Bytes of memory the work may use beyond its inputs and its result.
+    pub memory_budget: usize,
+}
+
+impl Context<'_> {
+    /// [`Error::Cancelled`] once the waiting thread has asked to stop.
+    pub fn check(&self) -> Result<()> {
+        if self.cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// The fixed grid over `n` rows.
+pub fn grid(n: usize, block_rows: usize) -> impl ExactSizeIterator<Item = Range<usize>> + Clone {
+    let blocks = n.div_ceil(block_rows);
+    (0..blocks).map(move |b| b * block_rows..n.min((b + 1) * block_rows))
+}
+
+/// Runs `work` on every item in parallel and returns the results in item order. Runs in the current rayon pool.
+pub fn map_ordered<I: Send + Sync, T: Send>(
+    items: &[I],
+    context: &Context<'_>,
+    work: impl Fn(&I) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    items
+        .par_iter()
+        .map(|item| {
+            context.check()?;
+            work(item)
+        })
+        .collect()
+}
+
+/// Runs `work` on disjoint pieces of `out`, `piece` elements each, in parallel; the piece's number comes first.
+pub fn fill_pieces<T: Send>(
+    out: &mut [T],
+    piece: usize,
+    context: &Context<'_>,
+    work: impl Fn(usize, &mut [T]) -> Result<()> + Sync,
+) -> Result<()> {
+    out.par_chunks_mut(piece).enumerate().try_for_each(|(i, chunk)| {
+        context.check()?;
+        work(i, chunk)
+    })
+}
+
+/// Folds aligned sources: one partial result per block of the grid, merged in block order.
+///
+/// At most as many blocks are in flight as the pool has threads (rounded to whole waves), so that partial results never
+/// pile up: memory is bounded by threads, not by rows.
+///
+/// # Errors
+/// [`Error::Shape`] when there is no row or the sources differ in rows; [`Error::Cancelled`]; whatever the fold returns.
+pub fn scan<F: Fold>(
+    sources: &[&dyn Source],
+    fold: &F,
+    block_rows: usize,
+    context: &Context<'_>,
+) -> Result<F::Partial> {
+    let n = aligned_rows(sources)?;
+    let blocks: Vec<_> = grid(n, block_rows).collect();
+    let mut total = fold.init();
+    for wave in blocks.chunks(rayon::current_num_threads().max(1)) {
+        for partial in
+            map_ordered(wave, context, |range| update_block(sources, fold, range.clone(), context))?
+        {
+            fold.merge(&mut total, partial)?;
+        }
+    }
+    Ok(total)
+}
+
+fn update_block<F: Fold>(
+    sources: &[&dyn Source],
+    fold: &F,
+    range: Range<usize>,
+    context: &Context<'_>,
+) -> Result<F::Partial> {
+    let mut buffers: Vec<Buffer> = sources.iter().map(|_| Buffer::default()).collect();
+    let block = sources
+        .iter()
+        .zip(&mut buffers)
+        .map(|(source, buffer)| source.read(range.clone(), buffer))
+        .collect::<Result<Vec<_>>>()?;
+    let mut partial = fold.init();
+    fold.update(&mut partial, &block, range.start)?;
+    context.done.fetch_add(range.len() as u64, Ordering::Relaxed);
+    Ok(partial)
+}
+
+fn aligned_rows(sources: &[&dyn Source]) -> Result<usize> {
+    let n = sources.first().map_or(0, |s| s.n_rows());
+    if n == 0 {
+        return Err(Error::shape("x", "at least one row", "no rows selected"));
+    }
+    match sources.iter().find(|s| s.n_rows() != n) {
+        Some(other) => {
+            Err(Error::shape("y", format!("{n} rows, as in x"), format!("{} rows", other.n_rows())))
+        }
+        None => Ok(n),
+    }
+}
