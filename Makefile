@@ -1,0 +1,74 @@
+# make demo | test | lint | bench | wheel | docs: each sets up what it needs in .venv. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+export PYO3_PYTHON := $(abspath $(BIN)/python)
+export HF_HUB_OFFLINE := 1
+export MPLBACKEND := Agg
+
+.PHONY: help setup build wheel demo test test-rust test-python test-full lint bench bench-rust clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml
+	@command -v cargo >/dev/null || { echo "Rust is missing: install it with your system's packages or from https://rustup.rs, then run make again"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra dev
+	touch $@
+
+setup: $(VENV)/.ready  ## .venv with everything the targets need
+
+RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
+
+$(VENV)/.built: $(VENV)/.ready $(RUST_SOURCES)
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --uv --quiet
+	touch $@
+
+build: $(VENV)/.built  ## the extension, in release mode, importable from .venv
+
+wheel: $(VENV)/.ready  ## an abi3 wheel in dist/
+	$(BIN)/maturin build --release --out dist --quiet
+	@ls -sh dist/*.whl
+
+demo: build  ## the main job on the shipped model: writes demo/report.html
+	$(BIN)/python -m microtome demo --out demo
+
+test: test-rust test-python  ## all tests but the long fault tiers
+
+test-rust: $(VENV)/.ready
+	cargo test --quiet
+
+test-python: wheel
+	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
+	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not slow and not gpu and not full"
+
+test-full: wheel  ## the long fault tiers as well
+	cargo test --quiet -- --include-ignored
+	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
+	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not gpu"
+
+lint: build  ## formatting, clippy, ruff, mypy, stubtest
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	$(BIN)/ruff format --check python tests/python benches/python
+	$(BIN)/ruff check python tests/python benches/python
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest microtome._core
+
+bench: build  ## the table of ratios against torch, numpy, faiss and the CKA packages
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra bench
+	$(BIN)/python benches/python/run.py
+
+bench-rust: $(VENV)/.ready  ## criterion benches of the core
+	cargo bench
+
+clean:  ## what was built
+	rm -rf $(VENV) target dist demo

@@ -1,0 +1,5 @@
+"""Figures and the self-contained HTML page, made from result tables alone."""
+
+from microtome.report.page import Card, Page
+
+__all__ = ["Card", "Page"]
