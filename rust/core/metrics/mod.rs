@@ -2,6 +2,7 @@
 
 pub mod circuit;
 pub mod cka;
+pub mod decode;
 pub mod firing;
 pub mod fvu;
 pub mod similarity;

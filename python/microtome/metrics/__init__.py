@@ -1,0 +1,5 @@
+"""One function per metric: thin, typed entrances to the compiled core. The arithmetic is in Rust."""
+
+from microtome.metrics.codes import RaggedCodes, SparseCodes
+
+__all__ = ["RaggedCodes", "SparseCodes"]

@@ -1,0 +1,202 @@
+"""Sparse codes: the few features of each row that fire, and how strongly.
+
+Two shapes of one thing. :class:`SparseCodes` has ``k`` slots per row, as a Top-K encoder gives them.
+:class:`RaggedCodes` has as many entries per row as fired, as JumpReLU, ReLU and BatchTopK give them.
+Both are immutable, slice by row, and convert to dense, CSR and torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from microtome import _core, tensors
+from microtome.errors import ShapeError
+
+__all__ = ["CSR", "RaggedCodes", "RowIndex", "SparseCodes"]
+
+CSR: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32], npt.NDArray[np.float32]]
+"""``(indptr, indices, values)``: the entries of row ``i`` are those at ``indptr[i]:indptr[i + 1]``."""
+
+RowIndex: TypeAlias = slice | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_]
+"""What selects rows: a slice, row numbers, or a mask."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseCodes:
+    """Top-K codes: ``k`` slots per row, largest value first, equal values by lower feature index.
+
+    A slot that no positive pre-activation fills holds value 0 (and index 0).
+
+    Example:
+        >>> codes = SparseCodes(np.array([[3, 1]], np.uint32), np.array([[2.0, 0.5]], np.float32), d_sae=4)
+        >>> codes.to_dense()
+        array([[0. , 0.5, 0. , 2. ]], dtype=float32)
+    """
+
+    indices: npt.NDArray[np.uint32]
+    """Feature of each slot, (n, k)."""
+    values: npt.NDArray[np.float32]
+    """Activation of each slot, (n, k), descending; 0 where nothing fired."""
+    d_sae: int
+    """Width of the dictionary."""
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 2 or self.indices.shape != self.values.shape:
+            raise ShapeError(
+                f"indices: expected (n, k) as values {self.values.shape}, found shape {self.indices.shape}"
+            )
+        _check_width(self.indices, self.d_sae)
+
+    @property
+    def k(self) -> int:
+        """Slots per row."""
+        return self.indices.shape[1]
+
+    def __len__(self) -> int:
+        return self.indices.shape[0]
+
+    def __getitem__(self, rows: RowIndex) -> SparseCodes:
+        return SparseCodes(self.indices[_row_index(rows)], self.values[_row_index(rows)], self.d_sae)
+
+    def __repr__(self) -> str:
+        return f"SparseCodes(n={len(self)}, k={self.k}, d_sae={self.d_sae})"
+
+    def to_torch(self) -> tuple[Any, Any]:
+        """Tensors ``(indices int64 (n, k), values float32 (n, k))``, in the order of ``torch.topk`` swapped to names."""
+        return _to_torch(self.indices, self.values)
+
+    def to_csr(self) -> CSR:
+        """``(indptr, indices, values)`` without the empty slots."""
+        filled = self.values > 0  # (n, k)
+        return _indptr(filled.sum(1)), self.indices[filled], self.values[filled]
+
+    def to_ragged(self) -> RaggedCodes:
+        """The same codes without the empty slots."""
+        return RaggedCodes(*self.to_csr(), d_sae=self.d_sae)
+
+    def to_dense(self) -> npt.NDArray[np.float32]:
+        """Activations of all features, (n, d_sae), float32. Needs ``4 * n * d_sae`` bytes."""
+        return _dense(*self.to_csr(), self.d_sae)
+
+    def decode(self, W_dec: Any, b_dec: Any = None) -> Any:
+        r"""Reconstruct the inputs: :math:`\hat x = \sum_j z_j W_{dec,j} + b_{dec}`, over the entries alone.
+
+        Args:
+            W_dec: decoder (d_sae, d_in), tensor or array of float32, float16 or bfloat16.
+            b_dec: bias (d_in,), or None for zero.
+
+        Returns:
+            float32 (n, d_in): a tensor when ``W_dec`` is one, else an array.
+
+        Raises:
+            ShapeError: ``W_dec`` has another number of features than the codes.
+        """
+        return _decode(self.to_csr(), self.d_sae, W_dec, b_dec)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RaggedCodes:
+    """Codes with as many entries per row as fired; within a row largest value first, equal values by lower index.
+
+    Example:
+        >>> codes = RaggedCodes(np.array([0, 2, 2]), np.array([3, 1], np.uint32), np.array([2.0, 0.5], np.float32), 4)
+        >>> len(codes), codes.to_dense()[0]
+        (2, array([0. , 0.5, 0. , 2. ], dtype=float32))
+    """
+
+    indptr: npt.NDArray[np.int64]
+    """Where each row begins and ends, (n + 1,)."""
+    indices: npt.NDArray[np.uint32]
+    """Feature of each entry, (n_entries,)."""
+    values: npt.NDArray[np.float32]
+    """Activation of each entry, (n_entries,), positive."""
+    d_sae: int
+    """Width of the dictionary."""
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 1 or self.indices.shape != self.values.shape:
+            raise ShapeError(
+                f"indices: expected (n_entries,) as values {self.values.shape}, found shape {self.indices.shape}"
+            )
+        steps = np.diff(self.indptr)
+        if self.indptr.ndim != 1 or self.indptr[0] != 0 or self.indptr[-1] != len(self.indices) or (steps < 0).any():
+            raise ShapeError(f"indptr: expected to rise from 0 to {len(self.indices)}, found {self.indptr}")
+        _check_width(self.indices, self.d_sae)
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    def __getitem__(self, rows: RowIndex) -> RaggedCodes:
+        chosen = np.arange(len(self))[_row_index(rows)]  # (m,)
+        starts, counts = self.indptr[chosen], np.diff(self.indptr)[chosen]
+        indptr = _indptr(counts)
+        entries = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
+        return RaggedCodes(indptr, self.indices[entries], self.values[entries], self.d_sae)
+
+    def __repr__(self) -> str:
+        return f"RaggedCodes(n={len(self)}, entries={len(self.indices)}, d_sae={self.d_sae})"
+
+    def to_torch(self) -> tuple[Any, Any, Any]:
+        """Tensors ``(indptr int64, indices int64, values float32)``, as ``torch.sparse_csr_tensor`` takes them."""
+        import torch
+
+        return torch.from_numpy(np.array(self.indptr)), *_to_torch(self.indices, self.values)
+
+    def to_csr(self) -> CSR:
+        """``(indptr, indices, values)``."""
+        return self.indptr, self.indices, self.values
+
+    def to_dense(self) -> npt.NDArray[np.float32]:
+        """Activations of all features, (n, d_sae), float32. Needs ``4 * n * d_sae`` bytes."""
+        return _dense(*self.to_csr(), self.d_sae)
+
+    def decode(self, W_dec: Any, b_dec: Any = None) -> Any:
+        """Reconstruct the inputs, as :meth:`SparseCodes.decode`."""
+        return _decode(self.to_csr(), self.d_sae, W_dec, b_dec)
+
+
+def _row_index(rows: RowIndex) -> RowIndex:
+    if isinstance(rows, slice):
+        return rows
+    index = np.asarray(rows)
+    if index.ndim != 1 or index.dtype.kind not in "iub":
+        raise ShapeError(f"rows: expected a slice, row numbers or a mask, found {rows!r}")
+    return index
+
+
+def _check_width(indices: npt.NDArray[np.uint32], d_sae: int) -> None:
+    if indices.size and int(indices.max()) >= d_sae:
+        raise ShapeError(f"indices: expected below d_sae = {d_sae}, found {int(indices.max())}")
+
+
+def _indptr(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _to_torch(indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32]) -> tuple[Any, Any]:
+    import torch
+
+    return torch.from_numpy(indices.astype(np.int64)), torch.from_numpy(np.array(values))
+
+
+def _dense(
+    indptr: npt.NDArray[np.int64], indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32], d_sae: int
+) -> npt.NDArray[np.float32]:
+    n = len(indptr) - 1
+    dense = np.zeros((n, d_sae), np.float32)
+    dense[np.repeat(np.arange(n), np.diff(indptr)), indices] = values
+    return dense
+
+
+def _decode(codes: CSR, d_sae: int, W_dec: Any, b_dec: Any) -> Any:
+    decoder = tensors.core_matrix(W_dec, "W_dec")
+    height, d_in = (decoder[1] if isinstance(decoder, tuple) else decoder).shape
+    if height != d_sae:
+        raise ShapeError(f"W_dec: expected ({d_sae}, d_in) as the codes, found {height} rows")
+    bias = None if b_dec is None else tensors.core_vector(b_dec, "b_dec", d_in)
+    x_hat = _core.decode(*codes, decoder, bias)  # (n, d_in)
+    return tensors.to_tensor(x_hat, "float32") if tensors.is_tensor(W_dec) else x_hat
