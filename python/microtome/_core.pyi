@@ -1,5 +1,8 @@
 """Types of the compiled core. Private: the public names are those of :mod:`microtome`."""
 
+from collections.abc import Sequence
+from typing import Any, final
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +17,32 @@ def set_num_threads(n: int) -> None: ...
 def num_threads() -> int: ...
 
 # --- store.rs -------------------------------------------------------------------------------------------------------
+
+@final
+class StoreWriter:
+    def __new__(
+        cls,
+        path: str,
+        *,
+        hooks: Sequence[tuple[str, int, str]],
+        dtype: str,
+        facts: str,
+        nonfinite: str = "error",
+    ) -> StoreWriter: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def n_rows(self) -> dict[str, int]: ...
+    def append(
+        self, space: str, rows: dict[str, npt.NDArray[Any]], arrays: dict[str, CoreInput]
+    ) -> None: ...
+    def commit(self, samples_parquet: bytes) -> None: ...
+    def discard(self) -> None: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> StoreWriter: ...
+    def __exit__(self, *_exception: object) -> None: ...
 
 # --- encode.rs ------------------------------------------------------------------------------------------------------
 

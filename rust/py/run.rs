@@ -111,6 +111,19 @@ pub fn run<T: Send>(
     })
 }
 
+/// Runs `work` detached from the interpreter on this very thread: for calls that are short or wait for a disk, which
+/// must not stand behind a scan in the pool. A panic becomes an internal error.
+pub fn detached<T: Send>(
+    py: Python<'_>,
+    name: &'static str,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> PyResult<T> {
+    py.detach(|| {
+        let outcome = catch_unwind(AssertUnwindSafe(work));
+        outcome.unwrap_or_else(|_| Err(Error::Internal(name.to_owned()))).map_err(|e| to_py(&e))
+    })
+}
+
 fn poll(py: Python<'_>, progress: Option<&Py<PyAny>>, done: &AtomicU64) -> PyResult<()> {
     py.check_signals()?;
     if let Some(callback) = progress {
