@@ -1,0 +1,293 @@
+"""The command line: one verb per job. Every verb reads ``--config file.yaml``, writes a table and says where.
+
+Exit codes: 0 done, 1 a problem was found, 2 bad usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from microtome.errors import Error
+from microtome.tensors import extra
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from microtome.store import Activations, ActivationStore
+
+typer = extra("typer", "cli")
+yaml = extra("yaml", "cli")
+
+app = typer.Typer(
+    name="microtome",
+    help="Activation analytics of vision-language models: capture, store, encode, count, compare, show.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the file's values as defaults; the command line has the last word."""
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise typer.BadParameter(str(error).splitlines()[0]) from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"expected a mapping of option names to values, found {type(values).__name__}")
+    known = {parameter.name for parameter in context.command.params}
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if unknown := sorted(set(values) - known):
+        raise typer.BadParameter(f"unknown option {unknown[0]!r}; this verb has: {', '.join(sorted(filter(None, known)))}")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", callback=_read_config, is_eager=True, help="YAML file of option values.", show_default=False),
+]
+StorePath = Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)]
+Where = Annotated[
+    str | None,
+    typer.Option(help="Rows to take, as SQL over the row and sample columns, e.g. \"kind = 'image'\".", show_default=False),
+]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Draw progress bars on a terminal.")]
+
+
+@app.command()
+def capture(
+    model: Annotated[str, typer.Option(help="Folder or hub id of any model that transformers loads.")],
+    data: Annotated[Path, typer.Option(help="JSONL, parquet, folder of images, or folder of a saved data set.")],
+    out: Annotated[Path, typer.Option(help="Folder of the store; an existing one is continued.")],
+    hooks: Annotated[list[str], typer.Option(help="Hook names or module paths, with wildcards; may be repeated.")] = [  # noqa: B006
+        "blocks.*.hook_resid_post"
+    ],
+    prompt: Annotated[str | None, typer.Option(help="Prompt for data without one.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="Element type on disk: bfloat16, float16 or float32.")] = "bfloat16",
+    pool: Annotated[str | None, typer.Option(help="'mean': one row per sample.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
+    step_rows: Annotated[int, typer.Option(help="Rows per committed step.")] = 65_536,
+    limit: Annotated[int | None, typer.Option(help="Take the first samples only.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
+    chat: Annotated[bool, typer.Option(help="Wrap prompts in the model's chat template.")] = False,
+    stop_early: Annotated[bool, typer.Option(help="Leave the model after the last wanted layer.")] = True,
+    progress: Progress = True,
+    config: Config = None,
+) -> None:
+    """Run a model over data and store its activations.
+
+    Example: `microtome capture --model ./llava --data questions.jsonl --hooks "blocks.*.hook_resid_post" --out runs/llava`
+    """
+    from microtome.capture.data import capture_dataset, load_model, read_items
+
+    loaded, processor = load_model(model, device=device)
+    capture_dataset(
+        loaded,
+        processor,
+        read_items(data, prompt=prompt, limit=limit),
+        out,
+        hooks=hooks,
+        dtype=dtype,
+        pool=pool,
+        batch_size=batch_size,
+        step_rows=step_rows,
+        chat=chat,
+        stop_early=stop_early,
+        progress=progress,
+    )
+    _show_store(_open(out))
+
+
+@app.command()
+def info(store: StorePath, config: Config = None) -> None:
+    """Say what a store holds.
+
+    Example: `microtome info runs/llava`
+    """
+    _show_store(_open(store))
+
+
+@app.command()
+def verify(store: StorePath, config: Config = None) -> None:
+    """Check every byte of a store; exit code 1 when something is damaged.
+
+    Example: `microtome verify runs/llava`
+    """
+    problems = _open(store).verify()
+    for problem in problems:
+        _say(str(problem))
+    _say(f"{store}: {'sound' if not problems else f'{len(problems)} problems'}")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def encode(
+    store: StorePath,
+    sae: Annotated[Path, typer.Option(help="Dictionary in any known format, told by its keys.")],
+    hook: Annotated[str, typer.Option(help="Hook whose rows are encoded.")],
+    name: Annotated[str | None, typer.Option(help="Name of the codes in the store.", show_default="the hook")] = None,
+    block_rows: Annotated[int, typer.Option(help="Rows in memory at a time.")] = 65_536,
+    progress: Progress = True,
+    config: Config = None,
+) -> None:
+    """Encode a hook's rows into sparse codes, kept beside the activations.
+
+    Example: `microtome encode runs/llava --sae saes/layer12 --hook blocks.12.hook_resid_post`
+    """
+    from microtome.dictionary import SAE
+    from microtome.progress import bar
+
+    opened, dictionary = _open(store), SAE.load_from_disk(sae)
+    acts = opened[hook]
+    target = name or hook
+    with (
+        opened.write_codes(target, hook=hook, dictionary=dictionary) as writer,
+        bar(f"encoding {hook}", len(acts), progress) as done,
+    ):
+        count = 0
+        for block in acts.blocks(block_rows):
+            writer.append(dictionary.encode(block))
+            done(count := count + len(block))
+    _say(f"{len(acts):,} rows encoded with {dictionary.d_sae} features: {store}/codes/{target}")
+
+
+@app.command()
+def stats(
+    store: StorePath,
+    codes: Annotated[str, typer.Option(help="Name of the codes in the store.")],
+    by: Annotated[str | None, typer.Option(help="Row or sample column to group by, e.g. kind.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Table to write.")] = Path("stats.parquet"),
+    config: Config = None,
+) -> None:
+    """Count firings, sums and maxima of every feature, grouped by a column.
+
+    Example: `microtome stats runs/llava --codes blocks.12.hook_resid_post --by kind --out stats.parquet`
+    """
+    import polars as pl
+
+    import microtome as mt
+
+    sparse = _open(store).codes(codes)
+    labels = None if by is None else _column(sparse, by)
+    result = mt.feature_stats(sparse, by=labels)
+    groups = result if isinstance(result, dict) else {"all": result}
+    table = pl.concat([s.to_polars().with_columns(group=pl.lit(str(g))) for g, s in groups.items()])
+    _write(table, out)
+
+
+@app.command()
+def cka(
+    a: Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)],
+    b: Annotated[Path | None, typer.Argument(help="Another store with the same rows.", show_default=False)] = None,
+    hooks: Annotated[str, typer.Option(help="Hooks to compare, with wildcards.")] = "blocks.*.hook_resid_post",
+    where: Where = None,
+    biased: Annotated[bool, typer.Option(help="The biased estimator, for comparison with older numbers.")] = False,
+    out: Annotated[Path, typer.Option(help="Table to write.")] = Path("cka.parquet"),
+    config: Config = None,
+) -> None:
+    """Compare layers by linear CKA, debiased and centred.
+
+    Example: `microtome cka runs/lm runs/vlm --where "form = 'textual'" --out cka.parquet`
+    """
+    import polars as pl
+
+    import microtome as mt
+
+    first = _selected(_open(a), hooks, where)
+    second = first if b is None else _selected(_open(b), hooks, where)
+    values = mt.cka_matrix(list(first.values()), list(second.values()), debiased=not biased)
+    rows = [(x, y, float(values[i, j])) for i, x in enumerate(first) for j, y in enumerate(second)]
+    table = pl.DataFrame(rows, schema=["hook_a", "hook_b", "cka"], orient="row")
+    for x, line in zip(first, values, strict=True):
+        _say(f"{x:<40} " + " ".join(f"{v:6.3f}" for v in line))
+    _write(table, out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for stores, tables and the report.")] = Path("demo"),
+    questions: Annotated[int, typer.Option(help="Questions put to the models.")] = 2800,
+    progress: Progress = True,
+    config: Config = None,
+) -> None:
+    """Run the main job on the shipped model: capture, encode, count, compare, show.
+
+    Example: `microtome demo --out demo`
+    """
+    from microtome.demo import run
+
+    _say(f"open {run(out, questions=questions, progress=progress).resolve()}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _open(path: Path) -> ActivationStore:
+    from microtome.store import ActivationStore
+
+    return ActivationStore(path)
+
+
+def _show_store(store: ActivationStore) -> None:
+    facts = store.facts
+    _say(f"{store.path}: {store.n_rows:,} rows, {len(store.hooks)} hooks, {store.dtype}")
+    for name in ("model_class", "model", "revision"):
+        if facts.get(name):
+            _say(f"  {name}: {facts[name]}")
+    _say(f"  samples: {_height(store):,}")
+    for hook in store.hooks:
+        n, d = store[hook].shape
+        _say(f"  {hook:<44} {n:>12,} x {d}")
+
+
+def _height(store: ActivationStore) -> int:
+    import polars as pl
+
+    return int(store.samples.select(pl.len()).collect().item())
+
+
+def _selected(store: ActivationStore, hooks: str, where: str | None) -> dict[str, Activations]:
+    """The hooks that match, each with the rows that match."""
+    from fnmatch import fnmatchcase
+
+    import polars as pl
+
+    names = [hook for hook in store.hooks if fnmatchcase(hook, hooks)]
+    if not names:
+        raise typer.BadParameter(f"--hooks {hooks!r} matches none of: {', '.join(store.hooks)}")
+    return {name: store[name] if where is None else store[name].where(pl.sql_expr(where)) for name in names}
+
+
+def _column(codes: Any, name: str) -> Any:
+    """One label per encoded row."""
+    import polars as pl
+
+    rows = codes.rows.collect() if name in codes.rows.collect_schema().names() else codes.rows_with_samples.collect()
+    if name not in rows.columns:
+        raise typer.BadParameter(f"--by {name!r} is none of: {', '.join(rows.columns)}")
+    return rows[name].cast(pl.String).to_numpy()
+
+
+def _write(table: pl.DataFrame, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table.write_parquet(out)
+    _say(f"{table.height:,} rows: {out}")
+
+
+def main() -> None:
+    """Run the command line; errors are one line on standard error and exit code 2."""
+    try:
+        app()
+    except (Error, OSError, MemoryError) as error:
+        typer.echo(f"microtome: {str(error) or type(error).__name__}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("microtome: interrupted; what was committed is kept, run the same command to continue", err=True)
+        sys.exit(130)
