@@ -38,23 +38,36 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     except (OSError, yaml.YAMLError) as error:
         raise typer.BadParameter(str(error).splitlines()[0]) from error
     if not isinstance(values, dict):
-        raise typer.BadParameter(f"expected a mapping of option names to values, found {type(values).__name__}")
+        raise typer.BadParameter(
+            f"expected a mapping of option names to values, found {type(values).__name__}"
+        )
     known = {parameter.name for parameter in context.command.params}
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(set(values) - known):
-        raise typer.BadParameter(f"unknown option {unknown[0]!r}; this verb has: {', '.join(sorted(filter(None, known)))}")
+        raise typer.BadParameter(
+            f"unknown option {unknown[0]!r}; this verb has: {', '.join(sorted(filter(None, known)))}"
+        )
     context.default_map = {**(context.default_map or {}), **values}
     return path
 
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", callback=_read_config, is_eager=True, help="YAML file of option values.", show_default=False),
+    typer.Option(
+        "--config",
+        callback=_read_config,
+        is_eager=True,
+        help="YAML file of option values.",
+        show_default=False,
+    ),
 ]
 StorePath = Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)]
 Where = Annotated[
     str | None,
-    typer.Option(help="Rows to take, as SQL over the row and sample columns, e.g. \"kind = 'image'\".", show_default=False),
+    typer.Option(
+        help="Rows to take, as SQL over the row and sample columns, e.g. \"kind = 'image'\".",
+        show_default=False,
+    ),
 ]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Draw progress bars on a terminal.")]
 
@@ -62,17 +75,27 @@ Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Draw p
 @app.command()
 def capture(
     model: Annotated[str, typer.Option(help="Folder or hub id of any model that transformers loads.")],
-    data: Annotated[Path, typer.Option(help="JSONL, parquet, folder of images, or folder of a saved data set.")],
+    data: Annotated[
+        Path, typer.Option(help="JSONL, parquet, folder of images, or folder of a saved data set.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the store; an existing one is continued.")],
-    hooks: Annotated[list[str], typer.Option(help="Hook names or module paths, with wildcards; may be repeated.")] = [  # noqa: B006
+    hooks: Annotated[
+        list[str], typer.Option(help="Hook names or module paths, with wildcards; may be repeated.")
+    ] = [  # noqa: B006
         "blocks.*.hook_resid_post"
     ],
-    prompt: Annotated[str | None, typer.Option(help="Prompt for data without one.", show_default=False)] = None,
-    dtype: Annotated[str, typer.Option(help="Element type on disk: bfloat16, float16 or float32.")] = "bfloat16",
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt for data without one.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Element type on disk: bfloat16, float16 or float32.")
+    ] = "bfloat16",
     pool: Annotated[str | None, typer.Option(help="'mean': one row per sample.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
     step_rows: Annotated[int, typer.Option(help="Rows per committed step.")] = 65_536,
-    limit: Annotated[int | None, typer.Option(help="Take the first samples only.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Take the first samples only.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
     chat: Annotated[bool, typer.Option(help="Wrap prompts in the model's chat template.")] = False,
     stop_early: Annotated[bool, typer.Option(help="Leave the model after the last wanted layer.")] = True,
@@ -131,7 +154,9 @@ def encode(
     store: StorePath,
     sae: Annotated[Path, typer.Option(help="Dictionary in any known format, told by its keys.")],
     hook: Annotated[str, typer.Option(help="Hook whose rows are encoded.")],
-    name: Annotated[str | None, typer.Option(help="Name of the codes in the store.", show_default="the hook")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the codes in the store.", show_default="the hook")
+    ] = None,
     block_rows: Annotated[int, typer.Option(help="Rows in memory at a time.")] = 65_536,
     progress: Progress = True,
     config: Config = None,
@@ -161,7 +186,9 @@ def encode(
 def stats(
     store: StorePath,
     codes: Annotated[str, typer.Option(help="Name of the codes in the store.")],
-    by: Annotated[str | None, typer.Option(help="Row or sample column to group by, e.g. kind.", show_default=False)] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Row or sample column to group by, e.g. kind.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="Table to write.")] = Path("stats.parquet"),
     config: Config = None,
 ) -> None:
@@ -184,10 +211,16 @@ def stats(
 @app.command()
 def cka(
     a: Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)],
-    b: Annotated[Path | None, typer.Argument(help="Another store with the same rows.", show_default=False)] = None,
-    hooks: Annotated[str, typer.Option(help="Hooks to compare, with wildcards.")] = "blocks.*.hook_resid_post",
+    b: Annotated[
+        Path | None, typer.Argument(help="Another store with the same rows.", show_default=False)
+    ] = None,
+    hooks: Annotated[
+        str, typer.Option(help="Hooks to compare, with wildcards.")
+    ] = "blocks.*.hook_resid_post",
     where: Where = None,
-    biased: Annotated[bool, typer.Option(help="The biased estimator, for comparison with older numbers.")] = False,
+    biased: Annotated[
+        bool, typer.Option(help="The biased estimator, for comparison with older numbers.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Table to write.")] = Path("cka.parquet"),
     config: Config = None,
 ) -> None:
@@ -269,7 +302,11 @@ def _column(codes: Any, name: str) -> Any:
     """One label per encoded row."""
     import polars as pl
 
-    rows = codes.rows.collect() if name in codes.rows.collect_schema().names() else codes.rows_with_samples.collect()
+    rows = (
+        codes.rows.collect()
+        if name in codes.rows.collect_schema().names()
+        else codes.rows_with_samples.collect()
+    )
     if name not in rows.columns:
         raise typer.BadParameter(f"--by {name!r} is none of: {', '.join(rows.columns)}")
     return rows[name].cast(pl.String).to_numpy()
@@ -289,5 +326,7 @@ def main() -> None:
         typer.echo(f"microtome: {str(error) or type(error).__name__}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("microtome: interrupted; what was committed is kept, run the same command to continue", err=True)
+        typer.echo(
+            "microtome: interrupted; what was committed is kept, run the same command to continue", err=True
+        )
         sys.exit(130)

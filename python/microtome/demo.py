@@ -9,11 +9,9 @@
 
 from __future__ import annotations
 
-import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -22,9 +20,7 @@ import microtome as mt
 from microtome import organism
 from microtome.capture import capture
 from microtome.dictionary import SAE, TrainConfig, train_sae
-from microtome.evaluation import accuracy, score
-from microtome.progress import bar
-from microtome.report import Card, Page, figures
+from microtome.evaluation import score
 from microtome.store import ActivationStore
 
 __all__ = ["run"]
@@ -83,7 +79,12 @@ def _ask(paths: _Paths, items: list[organism.Item], progress: bool) -> pl.DataFr
         model, known = organism.load_model(which), paths.table(f"scores_{which}")
         with capture(model, paths.store(which), hooks=_HOOKS, dtype="bfloat16", progress=False) as recorder:
             fresh = score(
-                model, organism.load_processor(), asked, recorder=recorder, label=f"{which} answers", progress=progress
+                model,
+                organism.load_processor(),
+                asked,
+                recorder=recorder,
+                label=f"{which} answers",
+                progress=progress,
             )
         if known.exists():  # answers of an interrupted run
             fresh = pl.concat([pl.read_parquet(known), fresh]).unique("id", keep="first", maintain_order=True)
@@ -141,6 +142,8 @@ def _samples(vlm: ActivationStore, hook: str, sae: SAE, features: pl.DataFrame) 
     chosen = [*vision.to_list(), *words.to_list()]
     acts = vlm[hook]
     top = mt.top_samples(sae.encode(acts), acts.rows, n=6, features=chosen)
-    order = pl.DataFrame({"feature": chosen, "place": range(len(chosen))}, schema_overrides={"feature": top["feature"].dtype})
+    order = pl.DataFrame(
+        {"feature": chosen, "place": range(len(chosen))}, schema_overrides={"feature": top["feature"].dtype}
+    )
     names = vlm.samples.select("sample", "id").collect()
     return top.join(names, on="sample").join(order, on="feature").sort("place", "rank").drop("place")

@@ -10,7 +10,9 @@ __all__ = ["bar"]
 
 
 @contextmanager
-def bar(label: str, total: int | None, enabled: bool = True, unit: str = "rows") -> Iterator[Callable[[int], None]]:
+def bar(
+    label: str, total: int | None, enabled: bool = True, unit: str = "rows"
+) -> Iterator[Callable[[int], None]]:
     """A bar for ``total`` steps; yields a function that takes the number of steps done so far.
 
     Nothing is drawn when ``enabled`` is false, when standard error is not a terminal or when rich is missing.
@@ -29,7 +31,13 @@ def bar(label: str, total: int | None, enabled: bool = True, unit: str = "rows")
     except ImportError:
         yield lambda _: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.update(task, completed=done)

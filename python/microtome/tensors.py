@@ -80,7 +80,9 @@ def array(x: Any, name: str) -> CoreInput:
     if values.dtype.name == "bfloat16":  # ml_dtypes
         return "bfloat16", np.ascontiguousarray(values).view(np.uint16)
     if values.dtype not in (np.float32, np.float16):
-        raise DtypeError(f"{name}: expected {_FLOATS}, found {values.dtype}. Cast it, e.g. .astype('float32')")
+        raise DtypeError(
+            f"{name}: expected {_FLOATS}, found {values.dtype}. Cast it, e.g. .astype('float32')"
+        )
     return np.ascontiguousarray(values)
 
 

@@ -135,7 +135,9 @@ def test_only_fs_touches_files():
 
 
 def test_unsafe_lives_in_the_map_and_the_micro_kernels():
-    users = {p.relative_to(ROOT / "rust" / "core").as_posix() for p in rust("core") if "unsafe " in code_of(p)}
+    users = {
+        p.relative_to(ROOT / "rust" / "core").as_posix() for p in rust("core") if "unsafe " in code_of(p)
+    }
     assert all(u.startswith("kernels/") or u in {"store/map.rs", "store/fs.rs"} for u in users), users
 
 
@@ -166,5 +168,9 @@ def test_rust_rooms_import_downstairs():
 
 
 def test_files_stay_readable():
-    long = {p.name: n for p in [*modules(), *rust("core"), *rust("py")] if (n := len(p.read_text().splitlines())) > 600}
+    long = {
+        p.name: n
+        for p in [*modules(), *rust("core"), *rust("py")]
+        if (n := len(p.read_text().splitlines())) > 600
+    }
     assert not long, long

@@ -7,7 +7,9 @@ from microtome.evaluation import accuracy
 
 
 def test_accuracy_is_counted_for_each_group_with_wilson_interval():
-    scores = pl.DataFrame({"task": ["a"] * 10 + ["b"] * 4, "form": "textual", "correct": [True] * 9 + [False] + [True] * 4})
+    scores = pl.DataFrame(
+        {"task": ["a"] * 10 + ["b"] * 4, "form": "textual", "correct": [True] * 9 + [False] + [True] * 4}
+    )
     table = accuracy(scores, ["task"])
     assert table["n"].to_list() == [10, 4]
     assert table["accuracy"].to_list() == [0.9, 1.0]

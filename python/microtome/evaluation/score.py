@@ -23,18 +23,23 @@ class Question(Protocol):
     @property
     def id(self) -> str:
         """Name of the question, unique in its list."""
+
     @property
     def prompt(self) -> str:
         """The prompt as the processor takes it."""
+
     @property
     def image(self) -> Any:
         """A PIL image, or None."""
+
     @property
     def answer(self) -> str:
         """The right answer, one token."""
+
     @property
     def task(self) -> str:
         """The task it belongs to."""
+
     @property
     def form(self) -> str:
         """``"visual"`` or ``"textual"``."""
@@ -44,7 +49,9 @@ def encode(processor: Any, items: Sequence[Question]) -> dict[str, Any]:
     """Model inputs for ``items``, which all have an image or all have none; left-padded tensors."""
     images = [item.image for item in items if item.image is not None]
     if images and len(images) != len(items):
-        raise ShapeError(f"items: expected an image in every item or in none, found {len(images)} of {len(items)}")
+        raise ShapeError(
+            f"items: expected an image in every item or in none, found {len(images)} of {len(items)}"
+        )
     prompts = [item.prompt for item in items]
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"
@@ -103,14 +110,18 @@ def score(
     with torch.inference_mode(), bar(label, len(asked), progress, "questions") as done:
         for part, batch in equal_length_batches(processor, asked, batch_size):
             if recorder is not None:
-                columns = {name: [getattr(item, name) for item in part] for name in ("task", "form", "answer")}
+                columns = {
+                    name: [getattr(item, name) for item in part] for name in ("task", "form", "answer")
+                }
                 recorder.samples(ids=[item.id for item in part], **columns)
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             logits = model(**inputs, use_cache=False).logits[:, -1].float()  # (batch, vocabulary)
             rows += _rows(part, logits, tokenizer)
             done(len(rows))
     schema = {"id": pl.String, "task": pl.String, "form": pl.String, "answer": pl.String}
-    return pl.DataFrame(rows, schema=schema | {"predicted": pl.String, "correct": pl.Boolean, "p_correct": pl.Float64})
+    return pl.DataFrame(
+        rows, schema=schema | {"predicted": pl.String, "correct": pl.Boolean, "p_correct": pl.Float64}
+    )
 
 
 def _rows(part: list[Question], logits: Any, tokenizer: Any) -> list[dict[str, Any]]:
@@ -132,6 +143,9 @@ def accuracy(scores: pl.DataFrame, by: Sequence[str] = ("task", "form")) -> pl.D
     """
     z = 1.959963984540054
     p, n = pl.col("accuracy"), pl.col("n")
-    middle, spread = (p + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)).sqrt()
+    middle, spread = (
+        (p + z**2 / (2 * n)) / (1 + z**2 / n),
+        z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)).sqrt(),
+    )
     grouped = scores.group_by(*by, maintain_order=True).agg(n=pl.len(), accuracy=pl.col("correct").mean())
     return grouped.with_columns(low=middle - spread, high=middle + spread)

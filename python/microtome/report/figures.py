@@ -102,12 +102,21 @@ def firing_by_kind(table: pl.DataFrame) -> Figure:
     figure, (left, right) = canvas(width=9.0, height=3.6, columns=2)
     image, text = table["frequency_image"].to_numpy(), table["frequency_text"].to_numpy()
     least = min((v[v > 0].min() for v in (image, text) if (v > 0).any()), default=1e-6) / 2
-    left.scatter(np.maximum(text, least), np.maximum(image, least), s=6, alpha=0.5, color=PALETTE["image"], lw=0)
+    left.scatter(
+        np.maximum(text, least), np.maximum(image, least), s=6, alpha=0.5, color=PALETTE["image"], lw=0
+    )
     left.plot([least, 1], [least, 1], color="#5d6b7a", lw=0.8, ls=":")
-    left.set(xscale="log", yscale="log", xlabel="firing frequency, text tokens", ylabel="firing frequency, image tokens")
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="firing frequency, text tokens",
+        ylabel="firing frequency, image tokens",
+    )
     bins = np.geomspace(least, 1.0, 40)
     for name, values in (("image", image), ("text", text)):
-        right.hist(np.maximum(values, least), bins=bins, histtype="step", lw=1.6, label=name, color=PALETTE[name])
+        right.hist(
+            np.maximum(values, least), bins=bins, histtype="step", lw=1.6, label=name, color=PALETTE[name]
+        )
     right.set(xscale="log", xlabel="firing frequency (leftmost bin: dead)", ylabel="features")
     right.legend(frameon=False)
     return figure
@@ -119,15 +128,28 @@ def variance_gap(gap: npt.NDArray[np.float64]) -> Figure:
     order = np.sort(gap)
     scale = float(np.quantile(np.abs(order[order != 0]), 0.1)) if (order != 0).any() else 1.0
     places = np.arange(len(order))
-    axes.fill_between(places, order, 0, where=order > 0, color=PALETTE["image"], alpha=0.8, label="prefers vision", step="mid")
-    axes.fill_between(places, order, 0, where=order < 0, color=PALETTE["text"], alpha=0.8, label="prefers text", step="mid")
+    axes.fill_between(
+        places,
+        order,
+        0,
+        where=order > 0,
+        color=PALETTE["image"],
+        alpha=0.8,
+        label="prefers vision",
+        step="mid",
+    )
+    axes.fill_between(
+        places, order, 0, where=order < 0, color=PALETTE["text"], alpha=0.8, label="prefers text", step="mid"
+    )
     axes.set_yscale("symlog", linthresh=scale)
     axes.set(xlabel="features, sorted", ylabel="variance gap")
     axes.legend(loc="upper left", frameon=False)
     return figure
 
 
-def lines(table: pl.DataFrame, x: str, y: str, group: str, log_x: bool = False, log_y: bool = False) -> Figure:
+def lines(
+    table: pl.DataFrame, x: str, y: str, group: str, log_x: bool = False, log_y: bool = False
+) -> Figure:
     """``y`` against ``x``, one line for each ``group``."""
     figure, axes = canvas()
     for name in table[group].unique(maintain_order=True):

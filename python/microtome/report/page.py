@@ -82,7 +82,10 @@ class Page:
         """The page as one string."""
         jinja2 = extra("jinja2", "report")
         environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("microtome.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+            loader=jinja2.PackageLoader("microtome.report", "."),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
         template = environment.get_template("page.html.j2")
         return str(template.render(page=self, sections=self.sections))

@@ -1,0 +1,31 @@
+"""Stage-wise model diffing: which features of a language model's dictionary did multimodal fine-tuning change, and into what.
+
+The order of the paper (Towards Understanding Multimodal Fine-Tuning, 2602.08713, sections 4 to 7):
+
+1. :func:`signals`: per feature, the variance gap, the decoder cosine and the firing frequencies.
+2. :func:`select_adapted`: the global two-stage filter, large gap first, low cosine second.
+3. :func:`select_spatial`: of those, the features that a shift to spatial questions recruits.
+4. :func:`neutral_survivors`: of those, the ones that also fire, on image tokens, under a neutral prompt.
+5. :func:`feature_table`: everything about every feature in one table.
+"""
+
+from microtome.diffing.selection import (
+    neutral_survivors,
+    select_adapted,
+    select_spatial,
+    sensitivity,
+    summary,
+)
+from microtome.diffing.signals import cosine_table, firing_shift, frequency_gap_interval, signals
+
+__all__ = [
+    "cosine_table",
+    "firing_shift",
+    "frequency_gap_interval",
+    "neutral_survivors",
+    "select_adapted",
+    "select_spatial",
+    "sensitivity",
+    "signals",
+    "summary",
+]

@@ -1,0 +1,167 @@
+"""Signals per feature: variance gap, decoder cosine, firing frequencies and how they shift.
+
+Source: 2602.08713, sections 5.1 and 6; the N-stage table follows Bricken et al., Stage-Wise Model Diffing (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from microtome.errors import ShapeError
+from microtome.metrics import FeatureStats, decoder_cosine, odds_ratio, variance_gap
+
+__all__ = ["cosine_table", "firing_shift", "frequency_gap_interval", "signals"]
+
+
+def signals(
+    layer: int, base_decoder: Any, adapted_decoder: Any, vision: FeatureStats, text: FeatureStats
+) -> pl.DataFrame:
+    """The signals of one layer: one row per feature.
+
+    Args:
+        layer: number of the layer.
+        base_decoder: ``W_dec`` (d_sae, d_in) of the language model's dictionary.
+        adapted_decoder: ``W_dec`` (d_sae, d_in) of the dictionary adapted to the VLM, same feature order.
+        vision: statistics of the codes on VLM runs (image and question).
+        text: statistics of the codes on base-LM runs of the same prompts, images replaced by captions.
+
+    Returns:
+        Columns layer, feature, variance_gap, decoder_cosine (NaN for a zero decoder row), frequency_vision,
+        frequency_text, dead (fires on neither side).
+
+    Raises:
+        ShapeError: the four do not have the same number of features.
+    """
+    cosine = np.asarray(decoder_cosine(base_decoder, adapted_decoder))
+    sizes = {"decoders": len(cosine), "vision": vision.d_sae, "text": text.d_sae}
+    if len(set(sizes.values())) != 1:
+        raise ShapeError(f"signals: expected one number of features, found {sizes}")
+    return pl.DataFrame(
+        {
+            "layer": np.full(len(cosine), layer, np.int64),
+            "feature": np.arange(len(cosine), dtype=np.int64),
+            "variance_gap": np.asarray(variance_gap(vision, text)),
+            "decoder_cosine": cosine,
+            "frequency_vision": vision.firing_frequency(),
+            "frequency_text": text.firing_frequency(),
+            "dead": vision.dead() & text.dead(),
+        }
+    )
+
+
+def firing_shift(layer: int, spatial: FeatureStats, base: FeatureStats) -> pl.DataFrame:
+    """How firing changes from general to spatial questions: one row per feature.
+
+    ``frequency_gap = p(spatial) - p(base)``; the odds ratio has 0.5 added to all four cells (Haldane-Anscombe).
+
+    Args:
+        layer: number of the layer.
+        spatial: statistics on the spatial questions, per token or per sample.
+        base: statistics on the general questions, counted the same way. Where the spatial questions are part of the
+            general ones the two are nested; pass the complement for disjoint sets.
+
+    Returns:
+        Columns layer, feature, frequency_spatial, frequency_base, frequency_gap, odds_ratio, log_standard_error,
+        q_value (Benjamini-Hochberg).
+    """
+    odds = odds_ratio(spatial, base)
+    p_spatial, p_base = spatial.firing_frequency(), base.firing_frequency()
+    return pl.DataFrame(
+        {
+            "layer": np.full(len(p_base), layer, np.int64),
+            "feature": np.arange(len(p_base), dtype=np.int64),
+            "frequency_spatial": p_spatial,
+            "frequency_base": p_base,
+            "frequency_gap": p_spatial - p_base,
+            "odds_ratio": odds.odds_ratio,
+            "log_standard_error": odds.log_standard_error,
+            "q_value": odds.q_value(),
+        }
+    )
+
+
+def cosine_table(
+    stages: Mapping[str, Any], paths: Mapping[str, tuple[str, str]] | None = None
+) -> pl.DataFrame:
+    """Decoder cosines between stages, feature by feature.
+
+    Fine-tuning along two orders, S to D to F (new data first) and S to M to F (new model first), tells what the model
+    changed from what the data changed: a feature low in both columns is one that the new model itself rotated.
+
+    Args:
+        stages: name of a stage to its ``W_dec`` (d_sae, d_in), warm-started from one another so that features keep their index.
+        paths: name of a column to the two stages it compares; all pairs of stages when None.
+
+    Returns:
+        Column feature, then one column of cosines per pair, named ``a->b`` or as in ``paths``.
+
+    Raises:
+        ShapeError: a stage that ``paths`` names is missing, or shapes differ.
+    """
+    pairs = dict(paths) if paths else {f"{a}->{b}": (a, b) for a, b in combinations(stages, 2)}
+    columns: dict[str, npt.NDArray[np.float64]] = {}
+    for name, (a, b) in pairs.items():
+        if missing := [s for s in (a, b) if s not in stages]:
+            raise ShapeError(f"paths: expected stages among {', '.join(stages)}, found {missing[0]}")
+        columns[name] = np.asarray(decoder_cosine(stages[a], stages[b]))
+    d_sae = len(next(iter(columns.values()))) if columns else 0
+    return pl.DataFrame({"feature": np.arange(d_sae, dtype=np.int64), **columns})
+
+
+def frequency_gap_interval(
+    spatial_fires: npt.NDArray[np.uint32],
+    spatial_tokens: npt.NDArray[np.uint32],
+    base_fires: npt.NDArray[np.uint32],
+    base_tokens: npt.NDArray[np.uint32],
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean frequency gap of a set of features with a bootstrap interval over clusters (images or samples).
+
+    Tokens of one image are not independent, so whole images are drawn with replacement, on both sides.
+
+    Args:
+        spatial_fires: firings per cluster, summed over the features of the set, (clusters,).
+        spatial_tokens: tokens per cluster times features in the set, (clusters,).
+        base_fires: the same on the general questions.
+        base_tokens: the same on the general questions.
+        level: coverage of the interval.
+        resamples: number of bootstrap draws.
+        seed: seed of the draws.
+
+    Returns:
+        (gap, low, high), percentile interval.
+    """
+    for name, fires, tokens in (
+        ("spatial", spatial_fires, spatial_tokens),
+        ("base", base_fires, base_tokens),
+    ):
+        if len(fires) != len(tokens) or len(fires) == 0:
+            raise ShapeError(
+                f"{name}: expected one count per cluster, found {len(fires)} fires and {len(tokens)} tokens"
+            )
+    rng = np.random.default_rng(seed)
+    draws = _resampled(rng, spatial_fires, spatial_tokens, resamples) - _resampled(
+        rng, base_fires, base_tokens, resamples
+    )
+    gap = spatial_fires.sum() / spatial_tokens.sum() - base_fires.sum() / base_tokens.sum()
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(gap), float(low), float(high)
+
+
+def _resampled(
+    rng: np.random.Generator, fires: npt.NDArray[Any], tokens: npt.NDArray[Any], resamples: int
+) -> npt.NDArray[np.float64]:
+    """Frequencies of ``resamples`` draws of whole clusters."""
+    weights = rng.multinomial(
+        len(fires), np.full(len(fires), 1 / len(fires)), size=resamples
+    )  # (resamples, clusters)
+    return np.asarray((weights @ fires.astype(np.float64)) / (weights @ tokens.astype(np.float64)))

@@ -1,0 +1,189 @@
+"""Labels: what is counted, what a language model may answer, what survives an interruption, how reviewers agree."""
+
+import json
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+
+from microtome.errors import ShapeError
+from microtome.interpret import (
+    ChatProvider,
+    Evidence,
+    Label,
+    agreement,
+    collect,
+    cue_counts,
+    cues_in,
+    estimate,
+    label_features,
+    label_offline,
+    ngram_lift,
+    read_verdicts,
+    windows,
+    write_review_sheet,
+)
+from microtome.interpret.provider import ProviderError, checked
+from microtome.report import feature_page, write_pages
+
+GOOD = {"confidence": 0.9, "description": "left of", "common_patterns": ["left"], "cue_counts": {"left": 3}}
+
+
+class Server:
+    """Stands where the client of the openai package stands; answers what it is told to."""
+
+    def __init__(self, *answers):
+        self.answers, self.requests = list(answers), []
+        self.chat = SimpleNamespace(completions=SimpleNamespace(create=self.create))
+
+    def create(self, **request):
+        self.requests.append(request)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=answer))])
+
+
+def evidence(n=3, text="is the cup left of the plate"):
+    return [Evidence("vqa", str(i), 3, 2.0 - i / 10, text, windows(text.split(), 3)) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Is the cat LEFT of the dog?", ["left"]),
+        ("Is that right?", []),
+        ("How many slices are left?", []),
+        ("Which answer is the right answer?", []),
+        ("What is on top of the table", ["on top of"]),
+        ("leftover overcoat", []),
+        ("Is it behind or above?", ["above", "behind"]),
+    ],
+)
+def test_cues_are_whole_words_in_their_spatial_sense(text, found):
+    assert cues_in(text) == found
+
+
+def test_cue_counts_are_per_text():
+    assert cue_counts(["left left", "left of", "above"]) == {"left": 2, "above": 1}
+
+
+def test_ngram_lift_is_its_definition():
+    table = ngram_lift(["a b", "a b", "a c"], ["a d"] * 10, min_count=2, n=(1, 2))
+    row = table.filter(pl.col("ngram") == "a b").row(0, named=True)
+    assert row["lift"] == pytest.approx((2.5 / 4) / (0.5 / 11))
+    assert table["ngram"].to_list() == ["a b", "b", "a"]
+
+
+def test_offline_label_names_what_stands_out():
+    label = label_offline(2, 5, evidence(6), ["what colour is the cup"] * 30)
+    assert "left" in " ".join(label.common_patterns)
+    assert label.cue_counts == {"left": 6}
+    assert label.confidence > 0.9
+    assert label_offline(2, 5, evidence(6), [e.text for e in evidence(6)]).confidence == 0
+
+
+def test_language_model_labels_are_cached_and_resumed(tmp_path):
+    cache, server = tmp_path / "labels.jsonl", Server(json.dumps(GOOD))
+    provider = ChatProvider("m", client=server)
+    seen = {1: evidence(), 2: evidence(text="is the fork above the spoon")}
+    first = label_features(4, seen, provider, cache=cache, progress=False)
+    assert [label.feature for label in first] == [1, 2]
+    assert server.requests[0]["response_format"] == {"type": "json_object"}
+    cache.write_text(cache.read_text() + '{"layer": 4, "feat')  # a line cut short by an interruption
+    again = label_features(4, seen, provider, cache=cache, progress=False)
+    assert again == first
+    assert len(server.requests) == 2
+
+
+def test_malformed_answers_are_asked_again(tmp_path):
+    server = Server(
+        "no json here", json.dumps({**GOOD, "confidence": 7}), "```json\n" + json.dumps(GOOD) + "\n```"
+    )
+    provider = ChatProvider("m", client=server, retries=2)
+    [label] = label_features(0, {3: evidence()}, provider, cache=tmp_path / "c.jsonl", progress=False)
+    assert label.description == "left of"
+    assert len(server.requests) == 3
+
+
+def test_a_model_that_never_answers_is_said_so_and_asked_again_next_time(tmp_path):
+    server = Server(ConnectionError("refused"))
+    provider = ChatProvider("m", client=server, retries=1)
+    [label] = label_features(0, {3: evidence()}, provider, cache=tmp_path / "c.jsonl", progress=False)
+    assert label.confidence == 0
+    assert "ConnectionError: refused" in label.description
+    server.answers = [json.dumps(GOOD)]
+    assert (
+        label_features(0, {3: evidence()}, provider, cache=tmp_path / "c.jsonl", progress=False)[0].confidence
+        == 0.9
+    )
+
+
+def test_servers_without_json_mode_are_asked_without():
+    server = Server(ValueError("response_format is not supported"), json.dumps(GOOD))
+    assert ChatProvider("m", client=server).complete("s", "u")["confidence"] == 0.9
+    assert "response_format" not in server.requests[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"confidence": "high"}, "confidence"),
+        ({"confidence": True}, "confidence"),
+        ({"description": ""}, "description"),
+        ({"common_patterns": "left"}, "common_patterns"),
+        ({"cue_counts": {"left": "many"}}, "cue_counts"),
+    ],
+)
+def test_answers_are_checked_against_the_schema(change, named):
+    with pytest.raises(ProviderError, match=named):
+        checked(json.dumps({**GOOD, **change}))
+
+
+def test_cost_is_known_beforehand():
+    cost = estimate({1: evidence(), 2: evidence()})
+    assert cost["requests"] == 2
+    assert cost["price"] > 0
+
+
+def test_evidence_joins_both_data_sets_and_marks_the_peak():
+    top = pl.DataFrame(
+        {"feature": [7, 7], "rank": [0, 1], "id": ["a", "b"], "position": [1, 0], "activation": [2.0, 1.0]}
+    )
+    found = collect(
+        {"vqa": top, "vsr": top.head(1)},
+        {"vqa": {"a": "left of", "b": "x"}, "vsr": {"a": "above it"}},
+        tokens={"vqa": {"a": ["left", "of"], "b": ["x"]}},
+        image_positions={"vqa": {"b": frozenset({0})}},
+    )
+    assert [e.dataset for e in found[7]] == ["vqa", "vqa", "vsr"]
+    assert found[7][0].window == "left [of]"
+    assert found[7][1].on_image
+    assert not found[7][1].window
+
+
+def test_pages_are_written_for_review(tmp_path):
+    label = Label(3, 9, "left <of>", 0.8, ["left"], {"left": 3})
+    [path] = write_pages([label], {9: evidence()}, tmp_path, {9: {"variance_gap": 0.25}})
+    page = path.read_text()
+    assert path.name == "L3F9.html"
+    assert "left &lt;of&gt;" in page
+    assert "variance_gap" in page
+    assert feature_page(label, evidence()).html()
+
+
+def test_agreement_is_cohens_kappa(tmp_path):
+    sheet = write_review_sheet([Label(0, i, "d", 0.5) for i in range(4)], tmp_path / "review.csv")
+    table = pl.read_csv(sheet)
+    a = table.with_columns(verdict=pl.Series(["right", "right", "wrong", "wrong"]))
+    b = table.with_columns(verdict=pl.Series(["right", "wrong", "wrong", "wrong"]))
+    figures = agreement(a, b)
+    assert figures["agreement"] == 0.75
+    assert figures["kappa"] == pytest.approx((0.75 - 0.5) / 0.5)
+
+
+def test_unknown_verdicts_are_refused_with_their_line(tmp_path):
+    sheet = write_review_sheet([Label(0, i, "d", 0.5) for i in range(2)], tmp_path / "review.csv")
+    pl.read_csv(sheet).with_columns(verdict=pl.Series(["right", "perhaps"])).write_csv(sheet)
+    with pytest.raises(ShapeError, match="'perhaps' in line 3"):
+        read_verdicts(sheet)
