@@ -147,3 +147,116 @@ def _samples(vlm: ActivationStore, hook: str, sae: SAE, features: pl.DataFrame) 
     )
     names = vlm.samples.select("sample", "id").collect()
     return top.join(names, on="sample").join(order, on="feature").sort("place", "rank").drop("place")
+
+
+def _page(
+    vlm: ActivationStore,
+    lm: ActivationStore,
+    hook: str,
+    sae: SAE,
+    items: list[organism.Item],
+    scores: pl.DataFrame,
+    features: pl.DataFrame,
+    cka: pl.DataFrame,
+    samples: pl.DataFrame,
+    seconds: float,
+) -> Page:
+    facts = {
+        "questions": f"{len(items):,}, half in pictures and half in words",
+        "rows captured": f"{vlm.n_rows + lm.n_rows:,} tokens at {len(vlm.hooks)} layers, bfloat16",
+        "dictionary": f"{sae.d_sae} features, k = {sae.k}, on {hook}",
+        "time": f"{seconds:.0f} s",
+        "microtome": mt.__version__,
+    }
+    page = Page(
+        "A vision-language model in slices",
+        "The shipped model organism, from its activations to numbers",
+        facts,
+    )
+    _accuracy_section(page, scores)
+    _feature_sections(page, features)
+    _layer_section(page, cka, len(vlm.hooks))
+    return _sample_section(page, items, samples)
+
+
+def _accuracy_section(page: Page, scores: pl.DataFrame) -> None:
+    run = pl.concat_str("model", "form", separator=", ").replace(_RUN_NAMES)
+    table = accuracy(scores.with_columns(run=run), by=("task", "run"))
+    page.section("Accuracy", "Share of questions about unseen scenes that were answered right. Dotted: 90 %.")
+    page.figure(figures.grouped_bars(table, "task", "accuracy", "run", floor=0.9))
+    page.table(table.pivot("run", index="task", values="accuracy"))
+
+
+_RUN_NAMES = {
+    "base_lm, textual": "base LM, words",
+    "vlm, textual": "VLM, words",
+    "vlm, visual": "VLM, pictures",
+}
+
+
+def _feature_sections(page: Page, features: pl.DataFrame) -> None:
+    dead = int(features["dead"].sum())
+    page.section(
+        "Firing frequency by token kind",
+        f"Share of image tokens and of text tokens on which a feature fires. {dead} of {features.height} features never do.",
+    ).figure(figures.firing_by_kind(features))
+    page.section(
+        "Variance gap",
+        "Mean squared activation on the VLM's picture questions minus that on the base LM's questions in words: "
+        "large where a feature serves vision.",
+    ).figure(figures.variance_gap(features["variance_gap"].to_numpy()))
+    columns = ["feature", "variance_gap", "frequency_image", "frequency_text", "odds_ratio"]
+    page.table(features.sort("variance_gap", descending=True).select(columns), "largest gaps", limit=8)
+
+
+def _layer_section(page: Page, cka: pl.DataFrame, layers: int) -> None:
+    values = cka.sort("lm_layer", "vlm_layer")["cka"].to_numpy().reshape(-1, layers)
+    page.section(
+        "Layers of the language model against layers of the VLM",
+        "Debiased linear CKA of the residual streams on the same questions in words: what fine-tuning on pictures "
+        "left as it was (bright diagonal), and where it changed the text side.",
+    ).figure(figures.heat_map(values, "VLM layer", "base LM layer", limits=None, label="CKA"))
+
+
+def _sample_section(page: Page, items: list[organism.Item], samples: pl.DataFrame) -> Page:
+    page.section(
+        "Top samples",
+        "The questions on which a feature is most active; frames show the image patch or word where it peaks. "
+        "First the features with the largest variance gap, then those with the smallest.",
+    )
+    by_id = {item.id: item for item in items}
+    for (feature,), rows in samples.group_by("feature", maintain_order=True):
+        page.cards(f"Feature {feature}", [_card(by_id[row["id"]], row) for row in rows.iter_rows(named=True)])
+    return page
+
+
+def _card(item: organism.Item, row: dict[str, Any]) -> Card:
+    question = item.prompt.removeprefix("<image>").strip()
+    if item.image is None:
+        return Card(f"→ {item.answer}", row["activation"], text=_marked(item.prompt, row["position"] - 1))
+    words, at = question.split(), row["position"] - 1 - organism.CELLS
+    caption = (
+        f"{question} → {item.answer}"
+        if at < 0
+        else f"{_marked(question, min(at, len(words) - 1))} → {item.answer}"
+    )
+    return Card(caption, row["activation"], image_png=_png(item.image), heat=_patch(row["position"] - 1))
+
+
+def _marked(text: str, at: int) -> str:
+    """``text`` with its word number ``at`` in brackets."""
+    return " ".join(f"[{word}]" if i == at else word for i, word in enumerate(text.split()))
+
+
+def _patch(index: int) -> list[list[float]] | None:
+    """The grid of image patches with patch ``index`` lit, or None for a token behind the image."""
+    side = organism.GRID
+    if not 0 <= index < organism.CELLS:
+        return None
+    return [[float(row * side + column == index) for column in range(side)] for row in range(side)]
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Labels: what is counted, what a language model may answer, what survives an interruption, how reviewers agree."""
+"""Labels: what is counted, what a model may answer, what survives an interruption, how reviewers agree."""
 
 import json
 from types import SimpleNamespace

@@ -123,7 +123,12 @@ class RaggedCodes:
                 f"indices: expected (n_entries,) as values {self.values.shape}, found shape {self.indices.shape}"
             )
         steps = np.diff(self.indptr)
-        if self.indptr.ndim != 1 or self.indptr[0] != 0 or self.indptr[-1] != len(self.indices) or (steps < 0).any():
+        if (
+            self.indptr.ndim != 1
+            or self.indptr[0] != 0
+            or self.indptr[-1] != len(self.indices)
+            or (steps < 0).any()
+        ):
             raise ShapeError(f"indptr: expected to rise from 0 to {len(self.indices)}, found {self.indptr}")
         _check_width(self.indices, self.d_sae)
 
@@ -184,7 +189,10 @@ def _to_torch(indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32]) 
 
 
 def _dense(
-    indptr: npt.NDArray[np.int64], indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32], d_sae: int
+    indptr: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.uint32],
+    values: npt.NDArray[np.float32],
+    d_sae: int,
 ) -> npt.NDArray[np.float32]:
     n = len(indptr) - 1
     dense = np.zeros((n, d_sae), np.float32)

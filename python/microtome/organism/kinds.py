@@ -237,7 +237,7 @@ KINDS: dict[str, Kind] = {
 
 WORDS = (
     *("<pad>", "<bos>", "<eos>", "<unk>", "<image>"),
-    *", ? what colour shape is how many there or of placed somewhere the result where to in yes no".split(),
+    *[",", "?", "what", "colour", "shape", "is", "how", "many", "there", "or", "of", "placed", "somewhere", "the", "result", "where", "to", "in", "yes", "no"],
     *RELATIONS,
     REFUSAL,
     *HARMFUL,
