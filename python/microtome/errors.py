@@ -5,6 +5,7 @@ Operating-system failures stay :class:`OSError` with ``errno`` and ``filename``.
 """
 
 __all__ = [
+    "CheckpointError",
     "CorruptShardError",
     "DtypeError",
     "Error",
@@ -58,6 +59,10 @@ class NonFiniteError(Error, ValueError):
 
 class ForkedError(Error, RuntimeError):
     """An object was used in a forked child of the process that made it."""
+
+
+class CheckpointError(Error, ValueError):
+    """A dictionary or checkpoint file cannot be read, or does not say what it needs to say."""
 
 
 class UnsafeCheckpointError(Error):

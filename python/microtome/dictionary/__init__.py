@@ -1,0 +1,13 @@
+"""Dictionaries: sparse autoencoders and transcoders, their file formats and their training."""
+
+from __future__ import annotations
+
+from microtome.tensors import extra
+
+extra("torch", "models")
+extra("safetensors", "models")
+
+from microtome.dictionary.recipe import Recipe  # noqa: E402
+from microtome.dictionary.sae import SAE  # noqa: E402
+
+__all__ = ["SAE", "Recipe"]

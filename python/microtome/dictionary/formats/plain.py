@@ -1,0 +1,63 @@
+"""A dictionary brought to what most formats can say: no scale, no norm-aware ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from microtome.dictionary import folds
+from microtome.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from microtome.dictionary.sae import SAE
+
+__all__ = ["layer_of", "plain", "refuse_transcoder"]
+
+
+def plain(
+    sae: SAE,
+    form: str,
+    activations: Collection[str],
+    *,
+    apply_b_dec_to_input: bool,
+    keep_normalize: bool = False,
+) -> SAE:
+    """``sae`` with scales and norms folded in; reconstructions are unchanged.
+
+    A norm-aware Top-K gets unit decoder rows, so its codes are then times the old norms. All else keeps its
+    codes.
+
+    Raises:
+        CheckpointError: ``form`` has no place for the activation or for a normalisation of every row.
+    """
+    if sae.recipe.activation not in activations:
+        raise CheckpointError(
+            f"save_to_disk: {form} holds {', '.join(activations)} dictionaries, found {sae.recipe.activation}"
+        )
+    if sae.recipe.normalize != "none" and not keep_normalize:
+        raise CheckpointError(f"save_to_disk: {form} has no place for normalize={sae.recipe.normalize!r}")
+    recipe = sae.recipe
+    if recipe.activation == "relu" and not recipe.rescale_acts_by_decoder_norm:
+        recipe = recipe.replace(norm_aware=False)  # a positive norm changes no sign
+    made = sae.with_tensors(*folds.bare_threshold(sae.tensors, recipe)).fold_scale()
+    if made.recipe.norm_aware:
+        made = made.fold_W_dec_norm()
+    if made.d_in != made.d_out and not made.recipe.apply_b_dec_to_input:
+        return made
+    return made.with_tensors(*folds.move_b_dec(made.tensors, made.recipe, apply_b_dec_to_input))
+
+
+def refuse_transcoder(sae: SAE, form: str, skip: bool = False) -> None:
+    """Raise for a format that holds autoencoders alone."""
+    if sae.d_in != sae.d_out:
+        raise CheckpointError(
+            f"save_to_disk: {form} holds d_out = d_in, found d_in={sae.d_in} and d_out={sae.d_out}"
+        )
+    if "W_skip" in sae.tensors and not skip:
+        raise CheckpointError(f"save_to_disk: {form} has no place for W_skip")
+
+
+def layer_of(sae: SAE) -> int:
+    """The layer in ``blocks.{i}.…``, 0 when the hook name has none."""
+    parts = (sae.recipe.hook_name or "").split(".")
+    return next((int(part) for part in parts if part.isdigit()), 0)

@@ -1,0 +1,70 @@
+"""Qwen Scope: ``layer{n}.sae.pt`` with ``W_enc (d_sae, d_in)``, ``W_dec (d_in, d_sae)``, transposed here.
+
+``k`` is in no file, only in the repository's name (``SAE-Res-Qwen3-1.7B-Base-W32K-L0_50``): it is taken from
+the path or asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from microtome.dictionary.formats.files import Checkpoint, write_pickle
+from microtome.dictionary.formats.plain import layer_of, plain, refuse_transcoder
+from microtome.dictionary.recipe import Recipe
+from microtome.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from microtome.dictionary.sae import SAE
+
+NAME = "qwen_scope"
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """``W_enc`` with features first and ``W_dec`` with features last, in a torch file without a threshold."""
+    if checkpoint.path.suffix not in (".pt", ".pth") or not checkpoint.has(
+        "W_enc", "W_dec", "b_enc", "b_dec"
+    ):
+        return False
+    d_sae, d_in = len(checkpoint.tensors["b_enc"]), len(checkpoint.tensors["b_dec"])
+    shapes = tuple(checkpoint.tensors["W_enc"].shape), tuple(checkpoint.tensors["W_dec"].shape)
+    return shapes == ((d_sae, d_in), (d_in, d_sae)) and d_sae != d_in and not checkpoint.has("threshold")
+
+
+def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+    """The Top-K dictionary."""
+    from microtome.dictionary.sae import SAE
+
+    told = re.search(r"L0_(\d+)", checkpoint.path.resolve().as_posix())
+    if k is None and told is None:
+        raise CheckpointError(
+            f"k: {checkpoint.path}: expected it in the path (…-L0_50/…) or as an argument, found neither. "
+            "Pass k="
+        )
+    layer = re.search(r"layer(\d+)", checkpoint.path.name)
+    return SAE(
+        checkpoint.tensor("W_enc").T,
+        checkpoint.tensor("W_dec").T,
+        checkpoint.tensor("b_enc"),
+        checkpoint.tensor("b_dec"),
+        recipe=Recipe(
+            activation="topk",
+            k=k if k is not None else int(told.group(1)) if told else None,
+            hook_name=f"blocks.{layer.group(1)}.hook_resid_post" if layer else None,
+            source=NAME,
+        ),
+    )
+
+
+def write(sae: SAE, path: Path) -> Path:
+    """A Top-K dictionary; ``k`` goes into the name of a folder, as in the source."""
+    refuse_transcoder(sae, NAME)
+    made = plain(sae, NAME, ("topk",), apply_b_dec_to_input=False)
+    if re.search(rf"L0_{made.k}(?!\d)", path.resolve().as_posix()) is None:
+        raise CheckpointError(
+            f"save_to_disk: qwen_scope keeps k in the path alone: expected a folder named …L0_{made.k}, "
+            f"found {path}"
+        )
+    tensors = {"W_enc": made.W_enc.T, "W_dec": made.W_dec.T, "b_enc": made.b_enc, "b_dec": made.b_dec}
+    return write_pickle(path / f"layer{layer_of(made)}.sae.pt", tensors)

@@ -1,0 +1,386 @@
+"""The dictionary object: weights, recipe, encode, decode.
+
+Rows are encoded by the packed Rust encoder, which gives sparse codes; :meth:`SAE.encode_torch` and
+:meth:`SAE.module` are the same function in torch, dense and differentiable, on any device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microtome.dictionary import folds, forward, weights
+from microtome.dictionary.recipe import Recipe
+from microtome.errors import CheckpointError, DtypeError, ShapeError
+
+if TYPE_CHECKING:
+    from microtome.metrics.codes import RaggedCodes, SparseCodes
+
+__all__ = ["SAE", "SAEModule"]
+
+_BLOCK_ROWS = 16_384
+
+
+class SAE:
+    """A sparse autoencoder or transcoder: its tensors, and the recipe that says how they are used.
+
+    Tensors are float32 torch tensors in SAELens' orientation: ``W_enc (d_in, d_sae)``, ``W_dec (d_sae,
+    d_out)``, ``b_enc (d_sae,)``, ``b_dec (d_out,)``, ``threshold (d_sae,)``; ``b_gate``, ``b_mag``, ``r_mag``
+    of a gated dictionary; ``W_skip (d_out, d_in)``.
+
+    Args:
+        W_enc: encoder weights ``(d_in, d_sae)``: tensor or array, any float type.
+        W_dec: decoder weights ``(d_sae, d_out)``.
+        b_enc: encoder bias ``(d_sae,)``; zeros when left out.
+        b_dec: decoder bias ``(d_out,)``; zeros when left out.
+        recipe: how the weights are used. Left out, the remaining arguments make one: ``SAE(W_enc, W_dec,
+            activation="topk", k=50)``.
+        tensors: further tensors by name (``threshold``, ``b_gate``, ``b_mag``, ``r_mag``, ``W_skip``).
+        fields: fields of :class:`Recipe`.
+
+    Raises:
+        ShapeError: tensors that do not fit together; the message names both.
+        NonFiniteError: NaN or infinity among the weights.
+
+    Example:
+        >>> import torch, microtome as mt
+        >>> W = torch.nn.functional.normalize(torch.randn(64, 16), dim=1)
+        >>> sae = mt.SAE(W.T, W, activation="topk", k=4)
+        >>> sae.encode_torch(torch.randn(3, 16)).count_nonzero(dim=1).max() <= 4
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        W_enc: Any,
+        W_dec: Any,
+        b_enc: Any = None,
+        b_dec: Any = None,
+        *,
+        recipe: Recipe | None = None,
+        tensors: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
+        if recipe is not None and fields:
+            raise ShapeError(f"recipe: expected a recipe or its fields, found both ({', '.join(fields)})")
+        self.recipe = recipe or Recipe(**fields)
+        given = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, **(tensors or {})}
+        held = {name: weights.as_tensor(value, name) for name, value in given.items() if value is not None}
+        self.tensors = weights.completed(held, self.recipe)
+        self.probe: Tensor | None = None
+        """A few rows kept in the file, for :meth:`self_check`; shape ``(n, d_in)``."""
+        self.probe_targets: dict[str, float] = {}
+
+    # --- what it is -----------------------------------------------------------------------------------------
+
+    @property
+    def W_enc(self) -> Tensor:  # noqa: N802
+        """Encoder weights, ``(d_in, d_sae)``."""
+        return self.tensors["W_enc"]
+
+    @property
+    def W_dec(self) -> Tensor:  # noqa: N802
+        """Decoder weights, ``(d_sae, d_out)``."""
+        return self.tensors["W_dec"]
+
+    @property
+    def b_enc(self) -> Tensor:
+        """Encoder bias, ``(d_sae,)``; the gate's bias for a gated dictionary."""
+        return self.tensors["b_gate" if self.recipe.activation == "gated" else "b_enc"]
+
+    @property
+    def b_dec(self) -> Tensor:
+        """Decoder bias, ``(d_out,)``."""
+        return self.tensors["b_dec"]
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """What scores are compared with, ``(d_sae,)``, where the recipe has a threshold."""
+        return self.tensors.get("threshold")
+
+    @property
+    def d_in(self) -> int:
+        """Width of the rows."""
+        return int(self.W_enc.shape[0])
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return int(self.W_enc.shape[1])
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction; ``d_in`` except for transcoders."""
+        return int(self.W_dec.shape[1])
+
+    @property
+    def k(self) -> int | None:
+        """Features kept per row, where the recipe says so."""
+        return self.recipe.k
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.W_enc.device
+
+    def to(self, device: str | torch.device) -> SAE:
+        """The same dictionary on another device."""
+        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def with_tensors(self, tensors: Mapping[str, Tensor], recipe: Recipe | None = None) -> SAE:
+        """A dictionary with other tensors, the probe rows kept."""
+        made = SAE(
+            tensors["W_enc"],
+            tensors["W_dec"],
+            recipe=recipe or self.recipe,
+            tensors={name: t for name, t in tensors.items() if name not in ("W_enc", "W_dec")},
+        )
+        made.probe, made.probe_targets = self.probe, dict(self.probe_targets)
+        return made
+
+    def __repr__(self) -> str:
+        k = f", k={self.k}" if self.k else ""
+        hook = f", {self.recipe.hook_name}" if self.recipe.hook_name else ""
+        return f"SAE({self.recipe.activation}, d_in={self.d_in}, d_sae={self.d_sae}{k}{hook})"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the tensors and the recipe's deciding fields: equal when codes are made alike."""
+        digest = hashlib.sha256(json.dumps(self.recipe.deciding(), sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    # --- encode and decode ----------------------------------------------------------------------------------
+
+    def encode(self, x: Any) -> SparseCodes | RaggedCodes:
+        """Sparse codes of rows, by the packed Rust encoder.
+
+        Args:
+            x: rows ``(n, d_in)``: a tensor, an array, or :class:`microtome.Activations`; bf16, f16 or f32.
+
+        Returns:
+            ``(n, k)`` indices and values for Top-K dictionaries; ragged rows for the others.
+
+        Raises:
+            ShapeError: rows of another width; the message names both.
+        """
+        from microtome.dictionary import encoding
+
+        self._check_width(x)
+        return encoding.encode(self, x)
+
+    def encode_torch(self, x: Any) -> Tensor:
+        """The same codes in torch: dense ``(n, d_sae)``, on the dictionary's device, differentiable."""
+        self._check_width(x)
+        return forward.encode_dense(self._rows(x), self.tensors, self.recipe)
+
+    def decode(self, codes: Any, x: Any = None) -> Tensor:
+        """Reconstruction ``(n, d_out)``, float32.
+
+        Args:
+            codes: :class:`microtome.SparseCodes`, or dense codes ``(n, d_sae)``.
+            x: the rows, where the recipe looks at them again (a skip connection, a normalisation of every
+                row).
+
+        Raises:
+            ShapeError: codes of another number of features, or rows missing.
+        """
+        if x is None and ("W_skip" in self.tensors or self.recipe.normalize != "none"):
+            raise ShapeError(
+                f"x: expected the rows (n, {self.d_in}), found None. "
+                "A dictionary with a skip connection or a row normalisation needs them to decode"
+            )
+        rows = None if x is None else self._rows(x)
+        if hasattr(codes, "to_csr"):
+            if codes.d_sae != self.d_sae:
+                raise ShapeError(
+                    f"codes: expected {self.d_sae} features as in this dictionary, found {codes.d_sae}"
+                )
+            indptr, indices, values = (torch.from_numpy(np.array(part)) for part in codes.to_csr())
+            where = indptr.long().to(self.device), indices.long().to(self.device)
+            return forward.decode_ragged(*where, values.to(self.device), self.tensors, self.recipe, rows)
+        dense = self._rows(codes)
+        if dense.shape[1] != self.d_sae:
+            raise ShapeError(
+                f"codes: expected {self.d_sae} features as in this dictionary, found {dense.shape[1]}"
+            )
+        return forward.decode_dense(dense, self.tensors, self.recipe, rows)
+
+    def reconstruct(self, x: Any) -> Tensor:
+        """``decode(encode(x))`` in torch, ``(n, d_out)``, differentiable in ``x``."""
+        rows = self._rows(x)
+        return forward.decode_dense(self.encode_torch(rows), self.tensors, self.recipe, rows)
+
+    def module(self) -> SAEModule:
+        """A torch module over the same memory: training it trains this dictionary."""
+        return SAEModule(self)
+
+    # --- folds ----------------------------------------------------------------------------------------------
+
+    def fold_W_dec_norm(self) -> SAE:  # noqa: N802
+        """This dictionary with unit decoder rows; reconstructions unchanged, codes times the old norms.
+
+        Raises:
+            CheckpointError: a Top-K that does not rank by ``pre · ‖W_dec,f‖`` would choose other features.
+        """
+        return self.with_tensors(*folds.fold_W_dec_norm(self.tensors, self.recipe))
+
+    def fold_scale(self) -> SAE:
+        """This dictionary with both scales inside its weights: codes and reconstructions unchanged."""
+        return self.with_tensors(*folds.fold_scale(self.tensors, self.recipe))
+
+    def to_jumprelu(self, x: Any) -> SAE:
+        """A Top-K or BatchTopK dictionary as JumpReLU that keeps ``k`` features per row of ``x`` on average.
+
+        ``θ`` is the (k·n)-th largest score over the calibration rows, ``θ_f = θ / ‖W_dec,f‖`` for norm-aware
+        dictionaries (Llama Scope). A score equal to the (k·n)-th largest still fires.
+
+        Raises:
+            CheckpointError: the dictionary has no ``k``.
+        """
+        self._check_width(x)
+        blocks = weights.rows_of(x, _BLOCK_ROWS)
+        return self.with_tensors(*folds.to_jumprelu(self.tensors, self.recipe, blocks, int(x.shape[0])))
+
+    # --- self-check -----------------------------------------------------------------------------------------
+
+    def with_probe(self, x: Any) -> SAE:
+        """This dictionary with rows to check itself against: their L0 and FVU are saved with it."""
+        made = self.with_tensors(self.tensors)
+        made.probe = self._rows(x).detach().cpu().clone()
+        made.probe_targets = made.quality(made.probe)
+        return made
+
+    def quality(self, x: Any) -> dict[str, float]:
+        """``l0`` (mean active features per row) and ``fvu`` (Σ‖x − x̂‖² / Σ‖x − x̄‖²) over rows ``x``."""
+        rows = self._rows(x).detach()
+        with torch.no_grad():
+            codes = self.encode_torch(rows)
+            error = (
+                (rows.double() - forward.decode_dense(codes, self.tensors, self.recipe, rows).double())
+                if (self.d_in == self.d_out)
+                else None
+            )
+        spread = (rows.double() - rows.double().mean(0)).square().sum()
+        fvu = float("nan") if error is None or spread == 0 else float(error.square().sum() / spread)
+        return {"l0": float((codes > 0).sum() / len(rows)), "fvu": fvu}
+
+    def self_check(self) -> dict[str, float]:
+        """L0 and FVU of the probe rows, checked against what the file says they were.
+
+        Returns:
+            ``{"l0": ..., "fvu": ...}`` as measured; empty when the file carries no probe rows.
+
+        Raises:
+            CheckpointError: L0 is off by more than 1 %, or FVU by more than 1e-3: the weights are read in
+                another way than they
+                were written.
+        """
+        if self.probe is None:
+            return {}
+        found = self.quality(self.probe)
+        for name, slack in (("l0", 0.01 * abs(self.probe_targets.get("l0", 0.0)) + 1e-6), ("fvu", 1e-3)):
+            wanted = self.probe_targets.get(name, float("nan"))
+            if abs(found[name] - wanted) > slack:  # False for NaN, which a transcoder's FVU is
+                raise CheckpointError(
+                    f"self-check of {self!r}: expected {name} {wanted:.6g} on {len(self.probe)} probe rows, "
+                    f"found {found[name]:.6g}. The file was read by another recipe than it was written with"
+                )
+        return found
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_disk(
+        cls,
+        path: str | Path,
+        format: str | None = None,  # noqa: A002
+        *,
+        k: int | None = None,
+        device: str = "cpu",
+    ) -> SAE:
+        """A dictionary from a file or folder of any known format, told by its keys.
+
+        Formats: ``microtome``, ``saelens``, ``sparsify``, ``dictionary_learning``, ``llama_scope``,
+            ``llamascopium``, ``gemma_scope``,
+        ``gemma_scope_2``, ``qwen_scope``, ``goodfire``, ``circuit_tracer``.
+
+        Args:
+            path: the file, or the folder with weights and configuration.
+            format: demand this format instead of telling it by the keys.
+            k: features per row, for formats whose files do not say it (Qwen Scope).
+            device: where the tensors go.
+
+        Raises:
+            CheckpointError: unknown format, missing tensor or configuration, or a self-check that failed.
+            UnsafeCheckpointError: a pickle that holds more than tensors.
+            ShapeError: tensors that do not fit together.
+        """
+        from microtome.dictionary import formats
+
+        return formats.load(Path(path), format, k).to(device)
+
+    def save_to_disk(self, path: str | Path, format: str = "microtome") -> Path:  # noqa: A002
+        """Write this dictionary in one of the formats of :meth:`load_from_disk`.
+
+        What a format cannot say is folded into the weights where that is exact, and refused where it is not.
+
+        Returns:
+            The weights file.
+
+        Raises:
+            CheckpointError: the format has no place for this recipe.
+        """
+        from microtome.dictionary import formats
+
+        return formats.save(self, Path(path), format)
+
+    # --- checks ---------------------------------------------------------------------------------------------
+
+    def _rows(self, x: Any) -> Tensor:
+        rows = x if isinstance(x, Tensor) else torch.cat(list(weights.rows_of(x, _BLOCK_ROWS)))
+        if rows.dtype == torch.float64 and self.W_enc.dtype != torch.float64:
+            raise DtypeError(
+                "x: expected float32, float16 or bfloat16, found float64. Cast it, e.g. .float()"
+            )
+        return rows.to(self.device, self.W_enc.dtype)
+
+    def _check_width(self, x: Any) -> None:
+        shape = tuple(x.shape)
+        if len(shape) != 2 or shape[1] != self.d_in:
+            hook = f" for {self.recipe.hook_name}" if self.recipe.hook_name else ""
+            raise ShapeError(
+                f"x: expected rows (n, {self.d_in}) as in this dictionary{hook}, found shape {shape}"
+            )
+
+
+class SAEModule(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
+    """A dictionary as a torch module; its parameters are the dictionary's own tensors."""
+
+    def __init__(self, sae: SAE) -> None:
+        super().__init__()
+        self.recipe = sae.recipe
+        self.tensors = torch.nn.ParameterDict(
+            {name: torch.nn.Parameter(tensor) for name, tensor in sae.tensors.items()}
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense codes ``(n, d_sae)`` of rows ``(n, d_in)``."""
+        return forward.encode_dense(x, dict(self.tensors.items()), self.recipe)
+
+    def decode(self, codes: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reconstruction ``(n, d_out)`` of dense codes."""
+        return forward.decode_dense(codes, dict(self.tensors.items()), self.recipe, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction ``(n, d_out)`` of rows ``(n, d_in)``."""
+        return self.decode(self.encode(x), x)

@@ -1,0 +1,296 @@
+"""The dictionary object: one recipe, the same codes by every path, folds that change nothing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import microtome as mt  # noqa: E402
+from microtome.dictionary import Recipe  # noqa: E402
+from microtome.errors import CheckpointError, DtypeError, NonFiniteError, ShapeError  # noqa: E402
+
+D, F, K, N = 12, 40, 5, 64
+
+RECIPES = {
+    "topk": {"activation": "topk", "k": K},
+    "topk, b_dec subtracted": {"activation": "topk", "k": K, "apply_b_dec_to_input": True},
+    "topk, norm-aware": {"activation": "topk", "k": K, "norm_aware": True},
+    "topk, rescaled": {"activation": "topk", "k": K, "rescale_acts_by_decoder_norm": True},
+    "topk, scaled": {
+        "activation": "topk",
+        "k": K,
+        "input_scale": 1.7,
+        "output_scale": 0.4,
+        "apply_b_dec_to_input": True,
+    },
+    "topk, layer norm": {"activation": "topk", "k": K, "normalize": "layer_norm"},
+    "topk, row norm": {"activation": "topk", "k": K, "normalize": "constant_norm_rescale"},
+    "batch_topk": {"activation": "batch_topk", "k": K},
+    "jumprelu": {"activation": "jumprelu"},
+    "jumprelu, norm-aware": {
+        "activation": "jumprelu",
+        "norm_aware": True,
+        "input_scale": 1.7,
+        "output_scale": 0.4,
+    },
+    "relu": {"activation": "relu"},
+    "gated": {"activation": "gated", "apply_b_dec_to_input": True},
+}
+
+
+def dictionary(seed: int = 0, d_out: int = D, **recipe) -> mt.SAE:
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    tensors = {"b_dec": 0.1 * draw(d_out)}
+    if recipe["activation"] == "gated":
+        tensors |= {"b_gate": 0.1 * draw(F), "b_mag": 0.1 * draw(F), "r_mag": 0.1 * draw(F)}
+    else:
+        tensors |= {"b_enc": 0.1 * draw(F)}
+    if recipe["activation"] in ("jumprelu", "batch_topk"):
+        tensors |= {"threshold": 1 + 0.2 * draw(F).abs()}
+    return mt.SAE(draw(D, F), draw(F, d_out), tensors=tensors, recipe=Recipe(**recipe))
+
+
+def rows(n: int = N, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
+
+
+def definition(sae: mt.SAE, x: torch.Tensor) -> np.ndarray:
+    """Codes by the recipe's formulas, float64, one feature at a time."""
+    t = {name: tensor.double().numpy() for name, tensor in sae.tensors.items()}
+    r, x = sae.recipe, x.double().numpy()
+    if r.normalize == "layer_norm":
+        x = (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-5)
+    if r.normalize == "constant_norm_rescale":
+        x = x * math.sqrt(D) / np.linalg.norm(x, axis=1, keepdims=True)
+    u = r.input_scale * x - (t["b_dec"] if r.apply_b_dec_to_input else 0)
+    norms = np.linalg.norm(t["W_dec"], axis=1)
+    if r.activation == "gated":
+        magnitude = np.exp(t["r_mag"]) * (u @ t["W_enc"]) + t["b_mag"]
+        return np.where(u @ t["W_enc"] + t["b_gate"] > 0, np.maximum(magnitude, 0), 0)
+    pre = u @ t["W_enc"] + t["b_enc"]
+    score = pre * (norms if r.norm_aware else 1)
+    chosen = score > t["threshold"] if "threshold" in t else np.ones_like(pre, bool)
+    if r.activation == "topk":
+        chosen = np.argsort(np.argsort(-score, axis=1, kind="stable"), axis=1) < r.k
+    return np.where(chosen, np.maximum(pre, 0), 0) * (norms if r.rescale_acts_by_decoder_norm else 1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_every_path_gives_the_codes_of_the_definition(recipe):
+    sae, x = dictionary(**recipe), rows()
+    wanted = definition(sae, x)
+    assert 0 < (wanted > 0).mean() < 1
+    sparse = sae.encode(x)
+    for found in (
+        sae.encode_torch(x).numpy(),
+        np.asarray(sparse.to_dense()),
+        sae.module().encode(x).detach().numpy(),
+    ):
+        assert np.array_equal(found > 0, wanted > 0)
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+    assert len(sparse) == N and sparse.d_sae == F
+    if recipe["activation"] == "topk":
+        assert np.asarray(sparse.indices).shape == (N, K)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_sparse_and_dense_decoding_agree_with_the_definition(recipe):
+    sae, x = dictionary(**recipe), rows()
+    r, t = sae.recipe, {name: tensor.double().numpy() for name, tensor in sae.tensors.items()}
+    codes = definition(sae, x)
+    if r.rescale_acts_by_decoder_norm:
+        codes = codes / np.linalg.norm(t["W_dec"], axis=1)
+    wanted = r.output_scale * (codes @ t["W_dec"] + t["b_dec"])
+    if r.normalize == "layer_norm":
+        wanted = wanted * x.double().std(1, keepdim=True).numpy() + x.double().mean(1, keepdim=True).numpy()
+    if r.normalize == "constant_norm_rescale":
+        wanted = wanted * x.double().norm(dim=1, keepdim=True).numpy() / math.sqrt(D)
+    for found in (
+        sae.decode(sae.encode(x), x),
+        sae.decode(sae.encode_torch(x), x),
+        sae.reconstruct(x),
+        sae.module()(x),
+    ):
+        np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_arrays_bf16_and_tensors_are_encoded_alike():
+    sae, x = dictionary(**RECIPES["topk"]), rows().bfloat16()
+    from_tensor = sae.encode(x)
+    assert np.array_equal(sae.encode(x.float().numpy()).to_dense(), from_tensor.to_dense())
+
+
+def test_ties_go_to_the_lower_index():
+    W = torch.eye(4).repeat_interleave(2, 0)  # (8, 4): features 2i and 2i+1 are the same
+    sae = mt.SAE(W.T, W, activation="topk", k=3)
+    x = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    assert sae.encode_torch(x).nonzero()[:, 1].tolist() == [0, 1, 2]
+    assert sorted(np.asarray(sae.encode(x).indices)[0].tolist()) == [0, 1, 2]
+
+
+def test_fewer_positive_preactivations_than_k_give_fewer_codes():
+    sae = mt.SAE(torch.eye(4), torch.eye(4), activation="topk", k=3)
+    x = torch.tensor([[2.0, -1.0, -1.0, -1.0], [-1.0, -1.0, -1.0, -1.0]])
+    assert (sae.encode_torch(x) > 0).sum(1).tolist() == [1, 0]
+    assert (np.asarray(sae.encode(x).values) > 0).sum(1).tolist() == [1, 0]
+
+
+def test_gradients_reach_selected_features_alone():
+    sae, x = dictionary(**RECIPES["topk"]), rows(4)
+    module = sae.module()
+    (module(x) - x).square().sum().backward()
+    silent = (sae.encode_torch(x) > 0).sum(0) == 0
+    assert silent.any() and not silent.all()
+    assert (module.tensors["W_enc"].grad[:, silent] == 0).all()
+    assert (module.tensors["W_enc"].grad[:, ~silent] != 0).any(0).all()
+
+
+def test_module_shares_the_memory_of_the_dictionary():
+    sae = dictionary(**RECIPES["topk"])
+    with torch.no_grad():
+        sae.module().tensors["b_dec"].add_(1.0)
+    assert sae.b_dec.min() > 0.5
+
+
+@pytest.mark.parametrize(
+    "name", ["topk, norm-aware", "topk, rescaled", "jumprelu", "jumprelu, norm-aware", "relu", "gated"]
+)
+def test_folding_decoder_norms_keeps_the_reconstruction(name):
+    sae, x = dictionary(**RECIPES[name]), rows()
+    folded = sae.fold_W_dec_norm()
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(F))
+    torch.testing.assert_close(folded.reconstruct(x), sae.reconstruct(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(folded.encode_torch(x) > 0, sae.encode_torch(x) > 0)
+
+
+def test_folding_decoder_norms_is_refused_where_it_would_change_the_topk():
+    with pytest.raises(CheckpointError, match="norm-aware"):
+        dictionary(**RECIPES["topk"]).fold_W_dec_norm()
+
+
+def test_folding_a_zero_decoder_row_gives_no_nan():
+    sae = dictionary(**RECIPES["topk, norm-aware"])
+    sae.W_dec[3] = 0
+    folded, x = sae.fold_W_dec_norm(), rows()
+    assert all(torch.isfinite(t).all() for t in folded.tensors.values())
+    torch.testing.assert_close(folded.reconstruct(x), sae.reconstruct(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["topk, scaled", "jumprelu, norm-aware"])
+def test_folding_scales_keeps_codes_and_reconstruction(name):
+    sae, x = dictionary(**RECIPES[name]), rows()
+    folded = sae.fold_scale()
+    assert not folded.recipe.scaled
+    torch.testing.assert_close(folded.encode_torch(x), sae.encode_torch(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(folded.reconstruct(x), sae.reconstruct(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["topk", "topk, norm-aware", "topk, rescaled"])
+def test_topk_as_jumprelu_keeps_k_features_per_row_on_average(name):
+    sae, x = dictionary(**RECIPES[name]), rows(500)
+    jump = sae.to_jumprelu(x)
+    assert jump.recipe.activation == "jumprelu"
+    assert int((jump.encode_torch(x) > 0).sum()) == K * 500
+    both = (jump.encode_torch(x) > 0) & (sae.encode_torch(x) > 0)
+    torch.testing.assert_close(jump.encode_torch(x)[both], sae.encode_torch(x)[both])
+
+
+def test_calibration_does_not_depend_on_the_blocks_it_reads():
+    from microtome.dictionary import folds
+
+    sae = dictionary(**RECIPES["topk"])
+    x = rows(100) * torch.linspace(3, 0.1, 100)[:, None]  # the largest scores are all in the first block
+    whole, _ = folds.to_jumprelu(sae.tensors, sae.recipe, [x], 100)
+    split, _ = folds.to_jumprelu(sae.tensors, sae.recipe, list(x.split(7)), 100)
+    torch.testing.assert_close(whole["threshold"], split["threshold"], rtol=1e-6, atol=0)
+
+
+def test_batch_topk_without_a_threshold_reads_as_topk_per_row():
+    recipe = Recipe(activation="batch_topk", k=K)
+    full = dictionary(**RECIPES["batch_topk"])
+    bare = mt.SAE(full.W_enc, full.W_dec, full.b_enc, full.b_dec, recipe=recipe)
+    assert ((bare.encode_torch(rows()) > 0).sum(1) == K).all()
+
+
+def test_transcoder_has_its_own_width_and_skip():
+    sae = dictionary(d_out=7, activation="relu")
+    made = mt.SAE(
+        sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, activation="relu", tensors={"W_skip": torch.ones(7, D)}
+    )
+    x = rows()
+    assert made.decode(made.encode(x), x).shape == (N, 7)
+    gained = made.reconstruct(x) - sae.reconstruct(x)
+    torch.testing.assert_close(gained, x.sum(1, keepdim=True).expand(N, 7), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ShapeError, match="x: expected the rows"):
+        made.decode(made.encode(x))
+
+
+def test_fingerprint_tells_weights_and_recipe_but_not_provenance():
+    sae = dictionary(**RECIPES["topk"])
+    same = sae.with_tensors(sae.tensors, sae.recipe.replace(source="elsewhere", model_name="m"))
+    assert sae.fingerprint() == same.fingerprint()
+    assert sae.fingerprint() != sae.with_tensors(sae.tensors, sae.recipe.replace(k=K + 1)).fingerprint()
+    assert sae.fingerprint() != sae.with_tensors({**sae.tensors, "b_dec": sae.b_dec + 1e-6}).fingerprint()
+
+
+def test_self_check_finds_a_dictionary_read_by_another_recipe():
+    sae = dictionary(**RECIPES["topk"]).with_probe(rows())
+    assert sae.self_check()["l0"] == K
+    wrong = sae.with_tensors(sae.tensors, sae.recipe.replace(activation="relu", k=None))
+    with pytest.raises(CheckpointError, match="expected l0 5"):
+        wrong.self_check()
+
+
+def test_quality_is_fraction_of_variance_unexplained():
+    sae, x = dictionary(**RECIPES["relu"]), rows()
+    error = (x.double() - sae.reconstruct(x).double()).square().sum()
+    assert sae.quality(x)["fvu"] == pytest.approx(
+        float(error / (x.double() - x.double().mean(0)).square().sum())
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"W_dec": torch.zeros(F + 1, D)},
+            ShapeError,
+            r"W_dec: expected shape \(40, 12\) .* found \(41, 12\)",
+        ),
+        ({"b_enc": torch.zeros(F - 1)}, ShapeError, r"b_enc: expected shape \(40,\)"),
+        ({"b_dec": torch.zeros(D + 1)}, ShapeError, r"b_dec: expected shape \(12,\)"),
+        ({"W_enc": torch.zeros(D)}, ShapeError, "W_enc: expected a matrix"),
+        ({"W_enc": torch.full((D, F), math.nan)}, NonFiniteError, "W_enc: expected finite"),
+        ({"W_enc": torch.zeros(D, F, dtype=torch.int)}, DtypeError, "W_enc: expected floating"),
+        ({"k": F + 1}, ShapeError, "k: expected at most d_sae = 40, found 41"),
+        ({"k": 0}, ShapeError, "k: expected at least 1"),
+        ({"k": None}, ShapeError, "k: expected the number"),
+        ({"activation": "topk2"}, CheckpointError, "activation: expected one of topk"),
+        ({"activation": "jumprelu"}, CheckpointError, "threshold: expected a threshold"),
+        ({"tensors": {"threshold": torch.ones(F)}}, CheckpointError, "threshold: expected none"),
+        ({"tensors": {"W_extra": torch.ones(F)}}, ShapeError, "W_extra: expected one of"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_with_both_sides_named(change, error, message):
+    good = {"W_enc": torch.zeros(D, F), "W_dec": torch.zeros(F, D), "activation": "topk", "k": K}
+    with pytest.raises(error, match=message):
+        mt.SAE(**{**good, **change})
+
+
+def test_rows_of_another_width_are_refused_with_both_sides_named():
+    sae = dictionary(**RECIPES["topk"], hook_name="blocks.3.hook_resid_post")
+    for path in (sae.encode, sae.encode_torch):
+        with pytest.raises(ShapeError, match=r"\(n, 12\) .*blocks.3.hook_resid_post, found shape \(4, 13\)"):
+            path(torch.zeros(4, D + 1))
+    with pytest.raises(ShapeError, match="expected 40 features"):
+        sae.decode(torch.zeros(4, F + 1))
+
+
+def test_unknown_field_of_a_recipe_is_refused():
+    with pytest.raises(CheckpointError, match="found unknown future"):
+        Recipe.from_dict({**Recipe(activation="relu").to_dict(), "future": 1})
