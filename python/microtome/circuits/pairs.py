@@ -1,0 +1,281 @@
+"""Prepared clean / counterfactual pairs: tokenised, aligned, checked, in one place (same-task-different-circuits, A1).
+
+A :class:`PairSet` holds what every experiment of this room runs on. Positions are named by *slots*, the
+position axis of
+scores and circuits: with ``align="absolute"`` slot and token position are the same and all prompts share one
+length; with
+``align="spans"`` every span of a prompt (prefix, data, query, generation) is one slot, so natural prompts of
+any length take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from microtome.errors import ShapeError
+
+__all__ = ["GROUPS", "PairBatch", "PairSet", "PreparedPair", "prepare"]
+
+GROUPS = ("prefix", "data", "query", "generation")
+"""Position groups in the order of a prompt; ``prefix`` is what precedes the data."""
+
+Align = Literal["absolute", "spans"]
+Inputs = dict[str, torch.Tensor]
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPair:
+    """One clean prompt with its counterfactual, as tensors of batch size 1."""
+
+    clean: Inputs
+    """Arguments of the model's forward for the clean prompt."""
+    corrupted: Inputs
+    """The same for the counterfactual."""
+    answer: int
+    """Token id of the clean prompt's answer r."""
+    corrupted_answer: int
+    """Token id of the counterfactual's answer r'."""
+    spans: Mapping[str, Positions]
+    """Positions of each group in the clean prompt."""
+    partner: Positions
+    """For every clean position the counterfactual position whose activation replaces it."""
+    kinds: tuple[str, ...]
+    """What each clean position is: text, image or video."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Id, task, form and whatever else the source said."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the clean prompt."""
+        return len(self.kinds)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether clean position i pairs with counterfactual position i throughout."""
+        return self.corrupted["input_ids"].shape[1] == self.length and bool(
+            (self.partner == np.arange(self.length)).all()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Pairs of equal layout stacked: every prompt has the same tensor shapes."""
+
+    clean: Inputs
+    corrupted: Inputs
+    answers: torch.Tensor  # (b,)
+    corrupted_answers: torch.Tensor  # (b,)
+    slots: torch.Tensor  # (b, p): slot of each clean position
+    partner: torch.Tensor  # (b, p): counterfactual position of each clean position
+    indices: tuple[int, ...]
+    """Places of the pairs in their set."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True, eq=False)
+class PairSet:
+    """Pairs that go through an experiment together.
+
+    Example:
+        >>> from microtome import organism
+        >>> model, processor = organism.load_model(), organism.load_processor()
+        >>> pairs = prepare(model, processor, organism.pairs("colour", "visual", 4))
+        >>> len(pairs), pairs.groups["generation"] == (pairs.n_slots - 1,)
+        (4, True)
+    """
+
+    pairs: tuple[PreparedPair, ...]
+    align: Align = "absolute"
+    dropped: tuple[tuple[int, str], ...] = ()
+    """Number in the source and reason of each pair that was left out."""
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise ShapeError("pairs: expected at least one pair, found none")
+        if self.align not in ("absolute", "spans"):
+            raise ShapeError(f"pairs: align: expected absolute or spans, found {self.align!r}")
+        if self.align == "absolute":
+            self._check_one_layout()
+
+    def _check_one_layout(self) -> None:
+        first = self.pairs[0]
+        for i, pair in enumerate(self.pairs):
+            if pair.length != first.length:
+                raise ShapeError(
+                    f"pairs: pair {i}: expected {first.length} tokens like pair 0, found {pair.length}. "
+                    "Use one template, or align='spans'"
+                )
+            for group, positions in first.spans.items():
+                if not np.array_equal(pair.spans.get(group, ()), positions):
+                    raise ShapeError(
+                        f"pairs: pair {i}: expected the {group} positions of pair 0, found others. "
+                        "Use one template, or align='spans'"
+                    )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[PreparedPair]:
+        return iter(self.pairs)
+
+    def __getitem__(self, index: slice | Sequence[int] | npt.NDArray[np.int64]) -> PairSet:
+        chosen = self.pairs[index] if isinstance(index, slice) else tuple(self.pairs[int(i)] for i in index)
+        return replace(self, pairs=tuple(chosen))
+
+    @property
+    def n_slots(self) -> int:
+        """Length of the position axis of scores and circuits."""
+        return self.pairs[0].length if self.align == "absolute" else len(GROUPS)
+
+    @property
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """Slots of each position group."""
+        if self.align == "spans":
+            return {group: (i,) for i, group in enumerate(GROUPS)}
+        return {group: tuple(int(p) for p in positions) for group, positions in self.pairs[0].spans.items()}
+
+    def slots(self, pair: PreparedPair) -> Positions:
+        """Slot of every position of ``pair``. Shape ``(p,)``."""
+        if self.align == "absolute":
+            return np.arange(pair.length)
+        slots = np.zeros(pair.length, np.int64)
+        for i, group in enumerate(GROUPS):
+            slots[pair.spans.get(group, np.empty(0, np.int64))] = i
+        return slots
+
+    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[PairBatch]:
+        """The pairs in batches of equal tensor shapes, in order within each shape."""
+        if batch_size < 1:
+            raise ShapeError(f"batch_size: expected 1 or more, found {batch_size}")
+        layouts: dict[tuple[Any, ...], list[int]] = {}
+        for i, pair in enumerate(self.pairs):
+            layouts.setdefault(_layout(pair), []).append(i)
+        for members in layouts.values():
+            for start in range(0, len(members), batch_size):
+                yield self._stack(tuple(members[start : start + batch_size]), device)
+
+    def _stack(self, indices: tuple[int, ...], device: torch.device | str) -> PairBatch:
+        pairs = [self.pairs[i] for i in indices]
+
+        def stacked(side: str) -> Inputs:
+            inputs = [getattr(pair, side) for pair in pairs]
+            return {name: torch.cat([x[name] for x in inputs]).to(device) for name in inputs[0]}
+
+        def rows(values: Iterable[npt.NDArray[np.int64] | int]) -> torch.Tensor:
+            return torch.from_numpy(np.asarray(list(values), np.int64)).to(device)
+
+        return PairBatch(
+            clean=stacked("clean"),
+            corrupted=stacked("corrupted"),
+            answers=rows(pair.answer for pair in pairs),
+            corrupted_answers=rows(pair.corrupted_answer for pair in pairs),
+            slots=rows(self.slots(pair) for pair in pairs),
+            partner=rows(pair.partner for pair in pairs),
+            indices=indices,
+        )
+
+    def split(self, fraction: float = 0.75, seed: int = 42) -> tuple[PairSet, PairSet]:
+        """A discovery and an evaluation part, drawn without replacement.
+
+        Raises:
+            ShapeError: a part would be empty.
+        """
+        n = round(fraction * len(self))
+        if not 0 < n < len(self):
+            raise ShapeError(
+                f"split: fraction: expected two non-empty parts of {len(self)} pairs, found {fraction}"
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self[np.sort(order[:n])], self[np.sort(order[n:])]
+
+    def swapped(self) -> PairSet:
+        """Clean and counterfactual exchanged, for pairs that align."""
+        if not all(pair.is_aligned for pair in self.pairs):
+            raise ShapeError("swapped: expected pairs of equal length, found unequal ones")
+        turned = (
+            replace(
+                p, clean=p.corrupted, corrupted=p.clean, answer=p.corrupted_answer, corrupted_answer=p.answer
+            )
+            for p in self.pairs
+        )
+        return replace(self, pairs=tuple(turned))
+
+
+def _layout(pair: PreparedPair) -> tuple[Any, ...]:
+    shapes = (
+        (name, tuple(x.shape)) for side in (pair.clean, pair.corrupted) for name, x in sorted(side.items())
+    )
+    return (pair.kinds, *shapes)
+
+
+def prepare(
+    model: Any,
+    processor: Any,
+    pairs: Sequence[Any],
+    *,
+    align: Align = "absolute",
+    correct_only: bool = False,
+    on_invalid: Literal["raise", "drop"] = "raise",
+    batch_size: int = 16,
+) -> PairSet:
+    """Tokenise, align and check pairs.
+
+    Each prompt is tokenised alone, so there is no padding and the last position is the last token.
+
+    Args:
+        model: a transformers model; decides which positions hold image tokens.
+        processor: the model's processor, or a tokenizer for text alone.
+        pairs: objects with ``clean`` and ``corrupted`` (each with ``prompt`` and ``image``), ``answer``,
+            ``corrupted_answer`` and optionally ``spans``; or mappings with the same keys; or mappings whose
+            ``clean`` and
+            ``corrupted`` are tensors already and whose answers are token ids. ``spans`` name token positions
+            of ``data``,
+            ``query`` and ``generation``. Without them data are the image tokens, or the tokens of the text
+            under the key
+            ``data`` of a prompt; the query is everything from there to the last token but one; the generation
+            is the last.
+        align: ``"absolute"`` for one template (positions compare one by one), ``"spans"`` for natural
+            prompts.
+        correct_only: keep the pairs whose two prompts the model answers correctly.
+        on_invalid: ``"raise"`` at the first pair that cannot be used, or ``"drop"`` it and list it in
+            ``dropped``.
+        batch_size: prompts per forward when answers are checked.
+
+    Raises:
+        ShapeError: an answer is several tokens, both answers are the same, lengths differ under
+            ``align="absolute"``, or
+            nothing is left.
+    """
+    from microtome.circuits.reading import read_pair
+
+    prepared, dropped = [], []
+    for i, pair in enumerate(pairs):
+        try:
+            prepared.append(read_pair(model, processor, pair, align))
+        except ShapeError as error:
+            if on_invalid == "raise":
+                raise ShapeError(f"pairs: pair {i}: {error}") from None
+            dropped.append((i, str(error)))
+    if not prepared:
+        raise ShapeError(f"pairs: expected at least one usable pair, found none of {len(pairs)}")
+    found = PairSet(tuple(prepared), align, tuple(dropped))
+    if not correct_only:
+        return found
+    from microtome.circuits.forward import answers_correctly
+
+    keep = answers_correctly(model, found, batch_size)
+    wrong = tuple((int(i), "answered wrongly") for i in np.flatnonzero(~keep))
+    if not keep.any():
+        raise ShapeError(
+            f"pairs: correct_only: expected prompts that the model answers, found none of {len(found)}"
+        )
+    return replace(found[np.flatnonzero(keep)], dropped=found.dropped + wrong)
