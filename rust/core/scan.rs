@@ -121,6 +121,38 @@ pub fn fill_pieces<T: Send>(
     })
 }
 
+/// As [`fill_pieces`], and what `work` returns comes back in the order of the pieces.
+pub fn map_pieces<T: Send, R: Send>(
+    out: &mut [T],
+    piece: usize,
+    context: &Context<'_>,
+    work: impl Fn(usize, &mut [T]) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    out.par_chunks_mut(piece)
+        .enumerate()
+        .map(|(i, chunk)| {
+            context.check()?;
+            work(i, chunk)
+        })
+        .collect()
+}
+
+/// Runs `work` on every item in parallel and hands the results to `merge` in item order, a few waves of threads at a
+/// time: memory is bounded by threads, not by items.
+pub fn reduce_ordered<I: Send + Sync, R: Send>(
+    items: &[I],
+    context: &Context<'_>,
+    work: impl Fn(&I) -> Result<R> + Sync,
+    mut merge: impl FnMut(&I, R) -> Result<()>,
+) -> Result<()> {
+    for wave in items.chunks(4 * rayon::current_num_threads().max(1)) {
+        for (item, result) in wave.iter().zip(map_ordered(wave, context, &work)?) {
+            merge(item, result)?;
+        }
+    }
+    Ok(())
+}
+
 /// Folds aligned sources: one partial result per block of the grid, merged in block order.
 ///
 /// At most as many blocks are in flight as the pool has threads (rounded to whole waves), so that partial results never

@@ -5,4 +5,5 @@ pub mod gemm;
 pub mod gram;
 pub mod moments;
 pub mod sets;
+pub mod tile;
 pub mod topk;

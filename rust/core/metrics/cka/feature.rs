@@ -1,0 +1,302 @@
+//! The feature form: one pass over the rows, tiles of `X^T Y` in `f64`.
+//!
+//! With columns shifted to `x - c`, column sums `s`, squared row norms `a`, and `C = X^T Y`:
+//!
+//! ```text
+//! <K, L> = |C|^2        1'KL1 = s' C u        1'K1 = |s|^2          (u, b: of Y)
+//! <K~, L~> = |C|^2 - a'b     1'K~L~1 = s' C u - s' X'b - u' Y'a + a'b     1'K~1 = |s|^2 - 1'a
+//! ```
+//!
+//! `X'b` for all layers comes out of the same products: the norms of all layers are packed as one more layer.
+//!
+//! Tiles that do not fit into the memory budget at once are done in rounds, each of which reads the rows again.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use super::{Estimator, Problem, Sums, too_large};
+use crate::error::{Error, Result};
+use crate::kernels::gram::{
+    DEPTH, Margins, PANEL_WORDS, TILE, TILE_LEN, TILE_PANELS, add_slab, pack_columns, pack_step, panels,
+};
+use crate::kernels::tile::{Kernel, PANEL};
+use crate::scan::{Buffer, Context, fill_pieces, map_ordered, map_pieces};
+
+/// Slabs packed at once at most: enough to keep every thread busy, and a tile in cache while it is added to.
+const CHUNK_SLABS: usize = 64;
+
+/// Up to [`TILE`] neighbouring columns of one layer.
+#[derive(Clone, Debug)]
+struct Block {
+    layer: usize,
+    columns: Range<usize>,
+    /// Panels within a slab.
+    panels: Range<usize>,
+}
+
+/// The product of two blocks.
+#[derive(Clone, Copy, Debug)]
+struct Tile {
+    a: usize,
+    b: usize,
+}
+
+struct Layout {
+    blocks: Vec<Block>,
+    tiles: Vec<Tile>,
+    /// First panel of every layer within a slab; the norms come last.
+    first_panel: Vec<usize>,
+    slab_words: usize,
+}
+
+impl Layout {
+    fn new(problem: &Problem<'_>) -> Self {
+        let norms = problem.layers.len();
+        let (mut blocks, mut first_panel, mut next) = (Vec::new(), Vec::new(), 0);
+        for (layer, d) in problem.widths().chain([norms]).enumerate() {
+            first_panel.push(next);
+            for start in (0..d).step_by(TILE) {
+                let columns = start..d.min(start + TILE);
+                let first = next + start / PANEL;
+                blocks.push(Block { layer, panels: first..first + panels(columns.len()), columns });
+            }
+            next += panels(d);
+        }
+        let mut wanted = problem.pairs.clone();
+        if problem.estimator == Estimator::Debiased {
+            wanted.extend((0..norms).map(|l| (l, norms)));
+        }
+        let mut blocks_of = vec![Vec::new(); norms + 1];
+        blocks.iter().enumerate().for_each(|(i, block): (usize, &Block)| blocks_of[block.layer].push(i));
+        let mut tiles = Vec::new();
+        for (l, m) in wanted {
+            for &a in &blocks_of[l] {
+                tiles.extend(blocks_of[m].iter().filter(|&&b| l != m || a <= b).map(|&b| Tile { a, b }));
+            }
+        }
+        Self { blocks, tiles, first_panel, slab_words: next * PANEL_WORDS }
+    }
+
+    fn words(&self, block: usize) -> Range<usize> {
+        let panels = &self.blocks[block].panels;
+        panels.start * PANEL_WORDS..panels.end * PANEL_WORDS
+    }
+}
+
+/// Sums over all rows that do not depend on the tiles.
+struct Totals {
+    sums: Vec<Vec<f64>>,
+    norms: Vec<f64>,
+    norm_products: Vec<f64>,
+}
+
+/// The sums of HSIC by the feature form.
+pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
+    let layout = Layout::new(problem);
+    let (chunk, per_round) = plan(&layout, problem, context)?;
+    let count = problem.layers.len();
+    let mut out = Sums::new(count);
+    let mut totals = Totals {
+        sums: problem.widths().map(|d| vec![0.0; d]).collect(),
+        norms: vec![0.0; count],
+        norm_products: vec![0.0; count * count],
+    };
+    let rounds = layout.tiles.len().div_ceil(per_round);
+    for (round, tiles) in layout.tiles.chunks(per_round).enumerate() {
+        let products = multiply(problem, &layout, tiles, chunk, (round, rounds), &mut totals, context)?;
+        let numbered: Vec<usize> = (0..tiles.len()).collect();
+        let parts = map_ordered(&numbered, context, |&t| {
+            Ok(reduce(problem, &layout, tiles[t], &products[t * TILE_LEN..(t + 1) * TILE_LEN], &totals))
+        })?;
+        for (tile, part) in tiles.iter().zip(parts) {
+            part.add_to(&mut out, &layout, *tile);
+        }
+    }
+    finish(problem, &totals, &mut out)
+}
+
+/// Slabs in a chunk and tiles in a round, from the memory budget.
+fn plan(layout: &Layout, problem: &Problem<'_>, context: &Context<'_>) -> Result<(usize, usize)> {
+    let (slab, tile) = (layout.slab_words * size_of::<u32>(), TILE_LEN * size_of::<f64>());
+    let slabs = problem.n.div_ceil(DEPTH).min(CHUNK_SLABS);
+    let chunk = (context.memory_budget / 2 / slab).clamp(1, slabs);
+    let tiles = context.memory_budget.saturating_sub(chunk * slab) / tile;
+    if tiles == 0 {
+        return Err(Error::Memory {
+            what: "CKA of these layers".to_owned(),
+            needed: slab + tile,
+            budget: context.memory_budget,
+            hint: "Raise memory_budget or compare fewer layers at once".to_owned(),
+        });
+    }
+    Ok((chunk, tiles.min(layout.tiles.len())))
+}
+
+/// One pass over all rows: the tiles of one round.
+fn multiply(
+    problem: &Problem<'_>,
+    layout: &Layout,
+    tiles: &[Tile],
+    chunk: usize,
+    (round, rounds): (usize, usize),
+    totals: &mut Totals,
+    context: &Context<'_>,
+) -> Result<Vec<f64>> {
+    let kernel = Kernel::f32();
+    let n = problem.n;
+    let mut used: Vec<bool> = vec![round == 0; layout.first_panel.len()];
+    for tile in tiles {
+        used[layout.blocks[tile.a].layer] = true;
+        used[layout.blocks[tile.b].layer] = true;
+    }
+    if used[problem.layers.len()] {
+        used.fill(true);
+    }
+    let mut products = vec![0.0; tiles.len() * TILE_LEN];
+    let mut packed = vec![0_u32; chunk * layout.slab_words];
+    for first in (0..n).step_by(chunk * DEPTH) {
+        let rows = (n - first).min(chunk * DEPTH);
+        let packed = &mut packed[..rows.div_ceil(DEPTH) * layout.slab_words];
+        let margins = map_pieces(packed, layout.slab_words, context, |i, out| {
+            let start = first + i * DEPTH;
+            pack_slab(problem, layout, &used, start..n.min(start + DEPTH), out)
+        })?;
+        if round == 0 {
+            margins.iter().for_each(|slab| totals.add(slab));
+        }
+        fill_pieces(&mut products, TILE_LEN, context, |t, product| {
+            let Tile { a, b } = tiles[t];
+            for (i, slab) in packed.chunks_exact(layout.slab_words).enumerate() {
+                let depth = (rows - i * DEPTH).min(DEPTH);
+                add_slab(kernel, &slab[layout.words(a)], &slab[layout.words(b)], depth, a == b, product);
+            }
+            Ok(())
+        })?;
+        let done = (round * n + first + rows) / rounds;
+        context.done.store(done as u64, Ordering::Relaxed);
+    }
+    Ok(products)
+}
+
+/// Packs one slab of rows of the layers in use, and their norms behind them.
+fn pack_slab(
+    problem: &Problem<'_>,
+    layout: &Layout,
+    used: &[bool],
+    range: Range<usize>,
+    out: &mut [u32],
+) -> Result<Vec<Margins>> {
+    let mut buffer = Buffer::default();
+    let mut margins = Vec::with_capacity(problem.layers.len());
+    for (l, layer) in problem.layers.iter().enumerate() {
+        if !used[l] {
+            continue;
+        }
+        let rows = layer.source.read(range.clone(), &mut buffer)?;
+        let words = layout.first_panel[l] * PANEL_WORDS..layout.first_panel[l + 1] * PANEL_WORDS;
+        let margin = pack_columns(&rows, &problem.frames[l], &mut out[words]);
+        problem.check(l, &rows, range.start, &margin)?;
+        margins.push(margin);
+    }
+    if used[problem.layers.len()] {
+        let words = layout.first_panel[problem.layers.len()] * PANEL_WORDS..;
+        let mut norms = vec![0.0; problem.layers.len()];
+        for i in 0..range.len() {
+            norms.iter_mut().zip(&margins).for_each(|(norm, m)| *norm = m.norms[i] as f32);
+            pack_step(&norms, i, &mut out[words.clone()]);
+        }
+    }
+    Ok(margins)
+}
+
+impl Totals {
+    fn add(&mut self, margins: &[Margins]) {
+        let count = margins.len();
+        for (l, a) in margins.iter().enumerate() {
+            self.sums[l].iter_mut().zip(&a.sums).for_each(|(total, s)| *total += s);
+            self.norms[l] += a.norms.iter().sum::<f64>();
+            for (m, b) in margins.iter().enumerate().skip(l) {
+                self.norm_products[l * count + m] += a.norms.iter().zip(&b.norms).map(|(a, b)| a * b).sum::<f64>();
+            }
+        }
+    }
+}
+
+/// What one tile adds to the sums of its pair; a tile of norms adds to the pairs of its layer with every other.
+enum Part {
+    Product { inner: f64, rows: f64 },
+    Norms(Vec<f64>),
+}
+
+/// Sums over a tile `C`: `|C|^2` and `s' C u`, or `s' C` for the columns of norms.
+fn reduce(problem: &Problem<'_>, layout: &Layout, tile: Tile, product: &[f64], totals: &Totals) -> Part {
+    let (a, b) = (&layout.blocks[tile.a], &layout.blocks[tile.b]);
+    let s = &totals.sums[a.layer][a.columns.clone()];
+    if b.layer == problem.layers.len() {
+        let mut weighted = vec![0.0; problem.layers.len()];
+        for (s, row) in s.iter().zip(product.chunks_exact(TILE)) {
+            weighted[b.columns.clone()].iter_mut().zip(row).for_each(|(w, c)| *w += s * c);
+        }
+        return Part::Norms(weighted);
+    }
+    let u = &totals.sums[b.layer][b.columns.clone()];
+    let (mut inner, mut rows) = (0.0, 0.0);
+    for (i, (s, row)) in s.iter().zip(product.chunks_exact(TILE)).enumerate() {
+        for panel in 0..TILE_PANELS.min(panels(u.len())) {
+            let weight = weight(tile, i / PANEL, panel);
+            let columns = panel * PANEL..u.len().min((panel + 1) * PANEL);
+            for (c, u) in row[columns.clone()].iter().zip(&u[columns]) {
+                inner += weight * c * c;
+                rows += weight * s * c * u;
+            }
+        }
+    }
+    Part::Product { inner, rows }
+}
+
+/// How often a panel of a tile counts: of a layer with itself, only panels on and above the diagonal are made.
+fn weight(tile: Tile, i: usize, j: usize) -> f64 {
+    match (tile.a == tile.b, i.cmp(&j)) {
+        (true, std::cmp::Ordering::Less) => 2.0,
+        (true, std::cmp::Ordering::Greater) => 0.0,
+        _ => 1.0,
+    }
+}
+
+impl Part {
+    fn add_to(self, out: &mut Sums, layout: &Layout, tile: Tile) {
+        let (l, m) = (layout.blocks[tile.a].layer, layout.blocks[tile.b].layer);
+        match self {
+            Self::Product { inner, rows } => {
+                let twice = if l == m && tile.a != tile.b { 2.0 } else { 1.0 };
+                out.inner[l * out.layers + m] += twice * inner;
+                out.rows[l * out.layers + m] += twice * rows;
+            }
+            Self::Norms(weighted) => {
+                for (m, w) in weighted.into_iter().enumerate() {
+                    let both = if l == m { 2.0 } else { 1.0 };
+                    out.rows[l.min(m) * out.layers + l.max(m)] -= both * w;
+                }
+            }
+        }
+    }
+}
+
+/// Takes the diagonal out, for the debiased estimator, and refuses sums that overflowed.
+fn finish(problem: &Problem<'_>, totals: &Totals, out: &mut Sums) -> Result<Sums> {
+    let debiased = problem.estimator == Estimator::Debiased;
+    for (l, sums) in totals.sums.iter().enumerate() {
+        out.totals[l] = sums.iter().map(|s| s * s).sum::<f64>() - if debiased { totals.norms[l] } else { 0.0 };
+    }
+    for &(l, m) in &problem.pairs {
+        let at = l * out.layers + m;
+        if debiased {
+            out.inner[at] -= totals.norm_products[at];
+            out.rows[at] += totals.norm_products[at];
+        }
+        if !(out.inner[at].is_finite() && out.rows[at].is_finite()) {
+            return Err(too_large(&problem.layers[l].name));
+        }
+    }
+    Ok(out.clone())
+}
