@@ -1,5 +1,7 @@
 //! Linear CKA against its definition in `f64`, and the properties that make it worth computing.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use half::bf16;
@@ -128,8 +130,7 @@ fn half_precision_input_equals_its_widened_values() {
     let y = gaussian(n, 7, 6);
     for form in FORMS {
         let (a, b) = (Rows::new(Data::Bf16(&words), d).unwrap(), Rows::new(Data::F32(&y), 7).unwrap());
-        let layers =
-            [Layer { name: "x".into(), source: &a }, Layer { name: "y".into(), source: &b }];
+        let layers = [Layer { name: "x".into(), source: &a }, Layer { name: "y".into(), source: &b }];
         let found = with_context(1 << 28, |context| {
             cka_matrix(&layers[..1], Some(&layers[1..]), Estimator::Debiased, Some(form), context).unwrap()
         });
@@ -162,8 +163,7 @@ fn constant_columns_are_fine_and_a_constant_layer_is_undefined_and_listed() {
     x.chunks_mut(d).for_each(|row| row[2] = 3.7);
     let constant = vec![0.1_f32; n * 3];
     for form in FORMS {
-        let found =
-            matrix(&[(&x, d), (&constant, 3)], Estimator::Debiased, Some(form), 1 << 28).unwrap();
+        let found = matrix(&[(&x, d), (&constant, 3)], Estimator::Debiased, Some(form), 1 << 28).unwrap();
         assert!((found.values[0] - 1.0).abs() < 1e-14);
         assert!(found.values[1].is_nan() && found.values[2].is_nan() && found.values[3].is_nan());
         assert_eq!(found.undefined, [1]);
@@ -173,9 +173,8 @@ fn constant_columns_are_fine_and_a_constant_layer_is_undefined_and_listed() {
 #[test]
 fn bad_input_is_refused_by_name() {
     let x = gaussian(20, 4, 8);
-    let message = |xs: &[(&[f32], usize)]| {
-        matrix(xs, Estimator::Debiased, None, 1 << 28).unwrap_err().to_string()
-    };
+    let message =
+        |xs: &[(&[f32], usize)]| matrix(xs, Estimator::Debiased, None, 1 << 28).unwrap_err().to_string();
     assert_eq!(message(&[(&x, 4), (&x[..40], 4)]), "xs[1]: expected 20 rows, as in xs[0], found 10 rows");
     assert_eq!(message(&[(&x[..12], 4)]), "xs[0]: expected at least 4 rows, found 3 rows");
     assert_eq!(message(&[]), "xs: expected at least one layer, found none");

@@ -1,6 +1,6 @@
 """Types of the compiled core. Private: the public names are those of :mod:`microtome`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -55,6 +55,14 @@ def decode(
 # --- features.rs ----------------------------------------------------------------------------------------------------
 
 # --- cka.rs ---------------------------------------------------------------------------------------------------------
+
+def cka_matrix(
+    xs: list[tuple[str, Any]],
+    ys: list[tuple[str, Any]] | None,
+    debiased: bool,
+    memory_budget: int,
+    progress: Callable[[int], None] | None,
+) -> tuple[npt.NDArray[np.float64], list[int]]: ...
 
 # --- similarity.rs --------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ __all__ = [
     "NonFiniteError",
     "ShapeError",
     "StoreError",
+    "UndefinedWarning",
     "UnsafeCheckpointError",
     "VersionError",
 ]
@@ -67,6 +68,10 @@ class CheckpointError(Error, ValueError):
 
 class UnsafeCheckpointError(Error):
     """A file could run code when loaded and is refused."""
+
+
+class UndefinedWarning(UserWarning):
+    """Some of the numbers asked for do not exist (a variance of zero, say): they are NaN, and listed in the message."""
 
 
 class MissingExtraError(Error, ImportError):

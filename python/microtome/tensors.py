@@ -15,7 +15,16 @@ import numpy.typing as npt
 
 from microtome.errors import DtypeError, MissingExtraError, ShapeError
 
-__all__ = ["CoreInput", "array", "core_matrix", "core_vector", "extra", "is_tensor", "to_tensor"]
+__all__ = [
+    "CoreInput",
+    "array",
+    "core_matrix",
+    "core_source",
+    "core_vector",
+    "extra",
+    "is_tensor",
+    "to_tensor",
+]
 
 CoreInput: TypeAlias = npt.NDArray[Any] | tuple[str, npt.NDArray[np.uint16]]
 """A matrix as the core takes it: float32 or float16, or bf16 words with their tag."""
@@ -55,6 +64,12 @@ def core_matrix(x: Any, name: str) -> CoreInput:
     if values.ndim != 2:
         raise ShapeError(f"{name}: expected a matrix (n, d), found shape {values.shape}")
     return words
+
+
+def core_source(x: Any, name: str) -> Any:
+    """``x`` as something the core can scan: a selection of a store as it is, anything else as :func:`core_matrix`."""
+    selection = getattr(x, "_selection", None)
+    return core_matrix(x, name) if selection is None else selection
 
 
 def core_vector(x: Any, name: str, length: int | None = None) -> npt.NDArray[np.float32]:

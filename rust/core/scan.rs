@@ -11,7 +11,6 @@ use rayon::prelude::*;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::metrics::Fold;
 use crate::rows::{Data, Rows};
 
 /// Rows per block of the grid, unless the caller chooses another.
@@ -85,6 +84,21 @@ impl Context<'_> {
     pub fn check(&self) -> Result<()> {
         if self.cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
     }
+}
+
+/// A computation that a scan can run: one partial result per block, merged in block order.
+///
+/// `update` sees one block of every source of the scan, aligned row by row. Merging is done in the order of the
+/// blocks, so the result has the same bits for any number of threads.
+pub trait Fold: Sync {
+    /// What one block leaves behind.
+    type Partial: Send;
+    /// An empty partial result.
+    fn init(&self) -> Self::Partial;
+    /// Adds a block to `partial`; `first_row` is the number of the block's first row within the scan.
+    fn update(&self, partial: &mut Self::Partial, block: &[Rows<'_>], first_row: usize) -> Result<()>;
+    /// Adds `later`, which comes from rows behind those of `into`.
+    fn merge(&self, into: &mut Self::Partial, later: Self::Partial) -> Result<()>;
 }
 
 /// The fixed grid over `n` rows.

@@ -1,1 +1,1 @@
-//! Circuit overlap: IoU, its exact chance level, selection of the top n of a score array.
+//! Circuit overlap: `IoU`, its exact chance level, selection of the top n of a score array.

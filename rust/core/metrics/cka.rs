@@ -209,7 +209,8 @@ fn ratios(xs: usize, ys: Option<usize>, hsic: &dyn Fn((usize, usize)) -> f64) ->
         if scale > 0.0 { hsic((l, m)) / scale } else { f64::NAN }
     };
     let columns = if ys.is_some() { xs..layers } else { 0..xs };
-    let values = (0..xs).flat_map(|l| columns.clone().map(move |m| (l, m))).map(|(l, m)| entry(l, m)).collect();
+    let values =
+        (0..xs).flat_map(|l| columns.clone().map(move |m| (l, m))).map(|(l, m)| entry(l, m)).collect();
     CkaMatrix { values, undefined }
 }
 

@@ -162,7 +162,9 @@ fn multiply(
             pack_slab(problem, layout, &used, start..n.min(start + DEPTH), out)
         })?;
         if round == 0 {
-            margins.iter().for_each(|slab| totals.add(slab));
+            for slab in &margins {
+                totals.add(slab);
+            }
         }
         fill_pieces(&mut products, TILE_LEN, context, |t, product| {
             let Tile { a, b } = tiles[t];
@@ -216,7 +218,8 @@ impl Totals {
             self.sums[l].iter_mut().zip(&a.sums).for_each(|(total, s)| *total += s);
             self.norms[l] += a.norms.iter().sum::<f64>();
             for (m, b) in margins.iter().enumerate().skip(l) {
-                self.norm_products[l * count + m] += a.norms.iter().zip(&b.norms).map(|(a, b)| a * b).sum::<f64>();
+                self.norm_products[l * count + m] +=
+                    a.norms.iter().zip(&b.norms).map(|(a, b)| a * b).sum::<f64>();
             }
         }
     }
@@ -286,7 +289,8 @@ impl Part {
 fn finish(problem: &Problem<'_>, totals: &Totals, out: &mut Sums) -> Result<Sums> {
     let debiased = problem.estimator == Estimator::Debiased;
     for (l, sums) in totals.sums.iter().enumerate() {
-        out.totals[l] = sums.iter().map(|s| s * s).sum::<f64>() - if debiased { totals.norms[l] } else { 0.0 };
+        out.totals[l] =
+            sums.iter().map(|s| s * s).sum::<f64>() - if debiased { totals.norms[l] } else { 0.0 };
     }
     for &(l, m) in &problem.pairs {
         let at = l * out.layers + m;

@@ -136,7 +136,8 @@ fn multiply(
             .map(|j| {
                 context.check()?;
                 let a = &rows.words[(i - rows.tiles.start) * layout.tile_words()..][..layout.tile_words()];
-                let b = &columns.words[(j - columns.tiles.start) * layout.tile_words()..][..layout.tile_words()];
+                let b =
+                    &columns.words[(j - columns.tiles.start) * layout.tile_words()..][..layout.tile_words()];
                 Ok(tile_products(problem, layout, (a, b), i == j, &mut tiles))
             })
             .collect::<Result<Vec<_>>>()
@@ -161,7 +162,8 @@ fn tile_products(
     let kernel = Kernel::f32();
     tiles.fill(0.0);
     for ((l, d), tile) in problem.widths().enumerate().zip(tiles.chunks_exact_mut(TILE_LEN)) {
-        let slabs = a[layout.layer(l)].chunks_exact(SLAB_WORDS).zip(b[layout.layer(l)].chunks_exact(SLAB_WORDS));
+        let slabs =
+            a[layout.layer(l)].chunks_exact(SLAB_WORDS).zip(b[layout.layer(l)].chunks_exact(SLAB_WORDS));
         for (slab, (a, b)) in slabs.enumerate() {
             add_slab(kernel, a, b, (d - slab * DEPTH).min(DEPTH), diagonal, tile);
         }

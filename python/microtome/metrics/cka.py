@@ -1,0 +1,133 @@
+r"""Linear CKA: how similar two representations of the same rows are, up to rotation, scale and offset.
+
+.. math::
+    \mathrm{CKA}(X, Y) = \frac{\mathrm{HSIC}(K, L)}{\sqrt{\mathrm{HSIC}(K, K)\,\mathrm{HSIC}(L, L)}},
+    \qquad K = X X^\top, \quad L = Y Y^\top
+
+Kornblith et al., *Similarity of Neural Network Representations Revisited*, ICML 2019. The debiased form puts
+the U-statistic of Song et al. (JMLR 2012) in place of HSIC: independent representations score 0 on average,
+where the biased form scores near 1 once they are wider than there are rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from microtome import _core, tensors
+from microtome.errors import ShapeError, UndefinedWarning
+from microtome.progress import bar
+
+__all__ = ["cka_matrix", "linear_cka"]
+
+Float64 = npt.NDArray[np.float64]
+
+MEMORY_BUDGET = 1 << 30
+"""Bytes that a computation may use beyond its inputs, unless told otherwise."""
+
+
+def linear_cka(
+    x: Any, y: Any, debiased: bool = True, *, memory_budget: int = MEMORY_BUDGET, progress: bool = True
+) -> float:
+    """Linear CKA of two representations of the same rows, exact over all of them.
+
+    Args:
+        x: (n, d_x) tensor, array or :class:`~microtome.Activations`, of float32, float16 or bfloat16.
+        y: (n, d_y), row ``i`` belonging to row ``i`` of ``x``.
+        debiased: take the U-statistic, which needs 4 rows; else the biased estimator of Kornblith et al.
+        memory_budget: bytes to use beyond the inputs. The result does not depend on it.
+        progress: draw a bar on a terminal.
+
+    Returns:
+        At most 1. Debiased values of unrelated representations scatter around 0 and may be negative: nothing
+        is clamped. NaN, with an :class:`~microtome.errors.UndefinedWarning`, when ``x`` or ``y`` is
+        constant.
+
+    Raises:
+        ShapeError: rows differ, or there are fewer than 4 (2 when not debiased).
+        NonFiniteError: NaN or infinity in the input.
+        MemoryError: the budget has no room for the smallest plan.
+
+    Example:
+        >>> x = np.random.default_rng(0).standard_normal((100, 8), dtype=np.float32)
+        >>> round(linear_cka(x, 3 * x + 1), 6)
+        1.0
+    """
+    values = _matrix([("x", x)], [("y", y)], debiased, memory_budget, progress)
+    return float(values[0, 0])
+
+
+def cka_matrix(
+    xs: Iterable[Any],
+    ys: Iterable[Any] | None = None,
+    debiased: bool = True,
+    *,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: bool = True,
+) -> Float64:
+    """Linear CKA of every representation in ``xs`` with every one in ``ys``, in one pass where memory allows.
+
+    Args:
+        xs: representations of the same rows, as :func:`linear_cka` takes them; widths may differ.
+        ys: a second list, or None for all pairs of ``xs``.
+        debiased: as in :func:`linear_cka`.
+        memory_budget: bytes to use beyond the inputs. With less, the rows are read more often, to the
+            same result.
+        progress: draw a bar on a terminal.
+
+    Returns:
+        (len(xs), len(ys)) float64. Rows and columns of a representation that does not vary are NaN, and an
+        :class:`~microtome.errors.UndefinedWarning` names it.
+
+    Raises:
+        ShapeError: an empty list, rows differ, or there are fewer than 4 (2 when not debiased).
+        NonFiniteError: NaN or infinity in the input.
+        MemoryError: the budget has no room for the smallest plan.
+
+    Example:
+        >>> x = np.random.default_rng(0).standard_normal((100, 8), dtype=np.float32)
+        >>> cka_matrix([x, x[:, :4], -x]).shape
+        (3, 3)
+    """
+    named_ys = None if ys is None else _named(ys, "ys")
+    return _matrix(_named(xs, "xs"), named_ys, debiased, memory_budget, progress)
+
+
+def _named(layers: Iterable[Any], name: str) -> list[tuple[str, Any]]:
+    named = [(f"{name}[{i}]", layer) for i, layer in enumerate(layers)]
+    if not named:
+        raise ShapeError(f"{name}: expected at least one representation (n, d), found none")
+    return named
+
+
+def _matrix(
+    xs: list[tuple[str, Any]],
+    ys: list[tuple[str, Any]] | None,
+    debiased: bool,
+    memory_budget: int,
+    progress: bool,
+) -> Float64:
+    x_words = [(name, tensors.core_source(x, name)) for name, x in xs]
+    y_words = None if ys is None else [(name, tensors.core_source(y, name)) for name, y in ys]
+    names = [name for name, _ in (*xs, *(ys or []))]
+
+    with bar("CKA", _rows(xs[0][1]), progress) as done:
+        values, undefined = _core.cka_matrix(x_words, y_words, debiased, memory_budget, done)
+    if undefined:
+        warn_undefined("CKA", "its HSIC with itself is not positive", [names[i] for i in undefined])
+    return values
+
+
+def _rows(x: Any) -> int | None:
+    shape = getattr(x, "shape", None)
+    return int(shape[0]) if shape else None
+
+
+def warn_undefined(what: str, reason: str, names: Sequence[str]) -> None:
+    """Say which numbers are NaN and why; the warning points at the caller of the public function."""
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    warnings.warn(f"{what} is undefined (NaN) for {shown}: {reason}", UndefinedWarning, stacklevel=4)
