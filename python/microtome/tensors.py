@@ -89,7 +89,9 @@ def array(x: Any, name: str) -> CoreInput:
     """``x`` as contiguous float32 or float16 memory, or as tagged bf16 words, of any rank."""
     if is_tensor(x):
         return _tensor_words(x, name)
-    if isinstance(x, tuple) and len(x) == 2 and x[0] == "bfloat16":
+    if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str):
+        if x[0] != "bfloat16" or x[1].dtype != np.uint16:
+            raise DtypeError(f"{name}: expected ('bfloat16', uint16 words), found {x[0]!r} with {x[1].dtype}")
         return "bfloat16", np.ascontiguousarray(x[1])
     values = np.asarray(x)
     if values.dtype.name == "bfloat16":  # ml_dtypes
