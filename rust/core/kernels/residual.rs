@@ -1,0 +1,137 @@
+//! Means, centred squares and squared errors of a block of rows, in f64; reconstruction from sparse codes fused with
+//! its error, so that no reconstruction is ever stored.
+//!
+//! Sums run over eight lanes that are added in a fixed order at the end of a row. The compiler turns lanes into vector
+//! registers of whatever width the machine has, and the bits stay the same.
+
+use crate::codes::Codes;
+use crate::dtype::Element;
+use crate::rows::{Data, Rows};
+use crate::with_elements;
+
+const LANES: usize = 8;
+
+fn total(lanes: [f64; LANES]) -> f64 {
+    let pairs = [lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]];
+    (pairs[0] + pairs[2]) + (pairs[1] + pairs[3])
+}
+
+/// Σ_j (a_j − b_j)² with `b_j` given by a function of the column.
+fn squared_distance<A: Element>(a: &[A], b: impl Fn(usize) -> f64) -> f64 {
+    let mut lanes = [0.0; LANES];
+    let (chunks, rest) = a.as_chunks::<LANES>();
+    for (c, chunk) in chunks.iter().enumerate() {
+        for (l, lane) in lanes.iter_mut().enumerate() {
+            let difference = f64::from(chunk[l].widen()) - b(c * LANES + l);
+            *lane += difference * difference;
+        }
+    }
+    let first = chunks.len() * LANES;
+    for (l, (lane, x)) in lanes.iter_mut().zip(rest).enumerate() {
+        let difference = f64::from(x.widen()) - b(first + l);
+        *lane += difference * difference;
+    }
+    total(lanes)
+}
+
+/// The mean of the rows, column by column: x_0 + Σ (x − x_0) / n, which is exact where rows are equal.
+pub fn mean(rows: Rows<'_>) -> Vec<f64> {
+    let (n, d) = (rows.n() as f64, rows.d());
+    let mut shifted = vec![0.0; d];
+    with_elements!(rows.data(), x => {
+        let first: Vec<f64> = x.iter().take(d).map(|v| f64::from(v.widen())).collect();
+        for row in x.chunks_exact(d) {
+            for ((s, v), f) in shifted.iter_mut().zip(row).zip(&first) {
+                *s += f64::from(v.widen()) - f;
+            }
+        }
+        shifted.iter_mut().zip(&first).for_each(|(s, f)| *s = f + *s / n);
+    });
+    shifted
+}
+
+/// Σ ‖x − centre‖² over the rows.
+pub fn centred_squares(rows: Rows<'_>, centre: &[f64]) -> f64 {
+    with_elements!(rows.data(), x => {
+        x.chunks_exact(rows.d()).map(|row| squared_distance(row, |j| centre[j])).sum()
+    })
+}
+
+/// Σ ‖x − y‖² over the rows of two matrices of one shape.
+pub fn squared_error(x: Rows<'_>, y: Rows<'_>) -> f64 {
+    fn typed<A: Element, B: Element>(x: &[A], y: &[B], d: usize) -> f64 {
+        x.chunks_exact(d)
+            .zip(y.chunks_exact(d))
+            .map(|(x, y)| squared_distance(x, |j| f64::from(y[j].widen())))
+            .sum()
+    }
+    with_elements!(x.data(), a => with_elements!(y.data(), b => typed(a, b, x.d())))
+}
+
+/// A decoder: x̂ = Σ_f h_f W_dec\[f\] + b_dec.
+#[derive(Clone, Copy, Debug)]
+pub struct Decoder<'a> {
+    /// `(d_sae, d_in)`.
+    pub weights: Rows<'a>,
+    /// `(d_in,)`; zero where missing.
+    pub bias: Option<&'a [f32]>,
+}
+
+impl Decoder<'_> {
+    /// Writes x̂ of one row of codes into `out`, in f64. `false` at a feature outside the dictionary.
+    #[must_use]
+    pub fn decode(&self, indices: &[u32], values: &[f32], out: &mut [f64]) -> bool {
+        match self.bias {
+            Some(bias) => out.iter_mut().zip(bias).for_each(|(o, &b)| *o = f64::from(b)),
+            None => out.fill(0.0),
+        }
+        with_elements!(self.weights.data(), w => add_rows(w, indices, values, out))
+    }
+}
+
+fn add_rows<W: Element>(weights: &[W], indices: &[u32], values: &[f32], out: &mut [f64]) -> bool {
+    let d = out.len();
+    for (&index, &h) in indices.iter().zip(values) {
+        if h == 0.0 {
+            continue;
+        }
+        let Some(row) = weights.get(index as usize * d..(index as usize + 1) * d) else { return false };
+        let h = f64::from(h);
+        for (o, w) in out.iter_mut().zip(row) {
+            *o += h * f64::from(w.widen());
+        }
+    }
+    true
+}
+
+/// Σ ‖x − x̂‖² over the rows, where row `r` of `x` is decoded from row `first_row + r` of `codes`. `None` at a feature
+/// outside the dictionary.
+pub fn reconstruction_error(
+    x: Rows<'_>,
+    codes: &Codes<'_>,
+    first_row: usize,
+    decoder: &Decoder<'_>,
+) -> Option<f64> {
+    let mut x_hat = vec![0.0; x.d()];
+    let mut sum = 0.0;
+    for r in 0..x.n() {
+        let (indices, values) = codes.row(first_row + r);
+        if !decoder.decode(indices, values, &mut x_hat) {
+            return None;
+        }
+        sum += with_elements!(x.slice(r..r + 1).data(), row => squared_distance(row, |j| x_hat[j]));
+    }
+    Some(sum)
+}
+
+/// Row, column and value of the first element that is not finite.
+pub fn first_non_finite(rows: Rows<'_>) -> Option<(usize, usize, f32)> {
+    fn typed<A: Element>(x: &[A], d: usize) -> Option<(usize, usize, f32)> {
+        x.iter().position(|v| !v.widen().is_finite()).map(|i| (i / d, i % d, x[i].widen()))
+    }
+    match rows.data() {
+        Data::F32(x) => typed(x, rows.d()),
+        Data::F16(x) => typed(x, rows.d()),
+        Data::Bf16(x) => typed(x, rows.d()),
+    }
+}

@@ -1,0 +1,242 @@
+//! Top-activating samples per feature, by bounded lists.
+//!
+//! 1. Screen: a block of rows is compared with the thresholds that earlier blocks left behind, one load per slot; nearly
+//!    all slots fail it once the lists are full. Survivors go to the bucket of their piece of features.
+//! 2. Insert: each piece of features takes its buckets, in any order: the best n under a total order (activation
+//!    falling, then sample, then position rising) do not depend on the order of insertion.
+//!
+//! With `per_sample` a sample enters a list once, with its largest activation. That stays exact while streaming: a
+//! sample that was pushed out had a maximum below the threshold, so only a later, larger value can bring it back.
+
+use std::cmp::Ordering;
+use std::ops::Range;
+
+use super::{FeatureFold, Groups, PIECE};
+use crate::codes::Codes;
+use crate::error::{Error, Result};
+
+/// Rows screened before thresholds are raised again.
+const BLOCK_ROWS: usize = 2048;
+
+/// One entry of a feature's list.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Hit {
+    /// Activation h > 0.
+    pub activation: f32,
+    /// Position of the token in its sample.
+    pub position: u32,
+    /// The sample.
+    pub sample: u64,
+}
+
+impl Hit {
+    /// Best first: activation falling, then sample, then position rising.
+    fn order(&self, other: &Self) -> Ordering {
+        other
+            .activation
+            .total_cmp(&self.activation)
+            .then(self.sample.cmp(&other.sample))
+            .then(self.position.cmp(&other.position))
+    }
+}
+
+/// The best hits of one feature, best first.
+#[derive(Clone, Debug, Default)]
+pub struct Best {
+    /// Activation below which nothing can enter; 0 while the list has room.
+    threshold: f32,
+    hits: Vec<Hit>,
+}
+
+impl Best {
+    fn insert(&mut self, hit: Hit, n: usize, per_sample: bool) {
+        if hit.activation < self.threshold {
+            return;
+        }
+        let same = if per_sample { self.hits.iter().position(|h| h.sample == hit.sample) } else { None };
+        match same {
+            Some(at) if hit.order(&self.hits[at]) != Ordering::Less => return,
+            Some(at) => {
+                self.hits.remove(at);
+            }
+            None if self.hits.len() == n => {
+                if self.hits.last().is_some_and(|worst| hit.order(worst) != Ordering::Less) {
+                    return;
+                }
+                self.hits.pop();
+            }
+            None => {}
+        }
+        let at = self.hits.partition_point(|h| h.order(&hit) == Ordering::Less);
+        self.hits.insert(at, hit);
+        if self.hits.len() == n {
+            self.threshold = self.hits[n - 1].activation;
+        }
+    }
+}
+
+/// The best `n` hits of every feature, in every group of rows. One list per group and feature.
+#[derive(Clone, Debug)]
+pub struct TopSamples<'a> {
+    d_sae: usize,
+    n: usize,
+    per_sample: bool,
+    samples: &'a [u64],
+    positions: &'a [u32],
+    groups: Groups<'a>,
+    /// For each feature the number of its list, or `NO_LIST`; `None` means that all features have one.
+    lists: Option<Vec<u32>>,
+    n_lists: usize,
+}
+
+const NO_LIST: u32 = u32::MAX;
+
+/// A slot that passed the screen, with the cell it goes to.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate {
+    cell: usize,
+    hit: Hit,
+}
+
+/// All lists, row by row: groups, then lists, then ranks from 1.
+#[derive(Clone, Debug, Default)]
+pub struct Table {
+    /// Number of the group.
+    pub group: Vec<u32>,
+    /// Number of the list: of the feature, or of its place among the features asked for.
+    pub list: Vec<u32>,
+    /// Rank within the list, from 1.
+    pub rank: Vec<u32>,
+    /// The sample.
+    pub sample: Vec<u64>,
+    /// Position of the token in its sample.
+    pub position: Vec<u32>,
+    /// Activation.
+    pub activation: Vec<f32>,
+}
+
+impl<'a> TopSamples<'a> {
+    /// The best `n` samples of each feature, where row `r` is token `positions[r]` of sample `samples[r]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `n` is zero.
+    pub fn new(d_sae: usize, n: usize, samples: &'a [u64], positions: &'a [u32]) -> Result<Self> {
+        if n == 0 {
+            return Err(Error::shape("n", "at least 1", "0"));
+        }
+        let (groups, lists) = (Groups::ONE, None);
+        Ok(Self { d_sae, n, per_sample: true, samples, positions, groups, lists, n_lists: d_sae })
+    }
+
+    /// Whether a sample enters a list once, with its largest activation.
+    #[must_use]
+    pub fn per_sample(self, per_sample: bool) -> Self {
+        Self { per_sample, ..self }
+    }
+
+    /// Lists for every group of rows.
+    #[must_use]
+    pub fn groups(self, groups: Groups<'a>) -> Self {
+        Self { groups, ..self }
+    }
+
+    /// Lists for these features alone, in this order; `None` means all.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a feature outside the dictionary or one that is named twice.
+    pub fn features(self, features: Option<&[u32]>) -> Result<Self> {
+        let Some(features) = features else { return Ok(self) };
+        let mut lists = vec![NO_LIST; self.d_sae];
+        for (number, &feature) in (0..).zip(features) {
+            match lists.get_mut(feature as usize) {
+                Some(list) if *list == NO_LIST => *list = number,
+                Some(_) => {
+                    return Err(Error::shape("features", "each feature once", format!("{feature} twice")));
+                }
+                None => {
+                    let expected = format!("features below d_sae = {}", self.d_sae);
+                    return Err(Error::shape("features", expected, format!("{feature}")));
+                }
+            }
+        }
+        Ok(Self { lists: Some(lists), n_lists: features.len(), ..self })
+    }
+
+    /// The lists as columns.
+    pub fn table(&self, cells: &[Best]) -> Table {
+        let mut table = Table::default();
+        for (cell, best) in cells.iter().enumerate() {
+            for (rank, hit) in (1..).zip(&best.hits) {
+                table.group.push((cell / self.n_lists) as u32);
+                table.list.push((cell % self.n_lists) as u32);
+                table.rank.push(rank);
+                table.sample.push(hit.sample);
+                table.position.push(hit.position);
+                table.activation.push(hit.activation);
+            }
+        }
+        table
+    }
+
+    fn list(&self, feature: u32) -> Option<usize> {
+        match &self.lists {
+            None => Some(feature as usize),
+            Some(lists) => Some(lists[feature as usize]).filter(|&l| l != NO_LIST).map(|l| l as usize),
+        }
+    }
+}
+
+impl FeatureFold for TopSamples<'_> {
+    type Cell = Best;
+    type Partial = Vec<Vec<Candidate>>;
+
+    fn cells(&self) -> Vec<Best> {
+        vec![Best::default(); self.groups.n() * self.n_lists]
+    }
+
+    fn block_items(&self, _n: usize) -> usize {
+        BLOCK_ROWS
+    }
+
+    fn partial(&self) -> Self::Partial {
+        vec![Vec::new(); (self.groups.n() * self.n_lists).div_ceil(PIECE)]
+    }
+
+    fn partial_bytes(&self) -> usize {
+        BLOCK_ROWS * 64 * size_of::<Candidate>()
+    }
+
+    fn update(
+        &self,
+        partial: &mut Self::Partial,
+        cells: &[Best],
+        codes: &Codes<'_>,
+        rows: Range<usize>,
+    ) -> Result<()> {
+        for r in rows {
+            let (indices, values) = codes.row(r);
+            let first = self.groups.of(r) * self.n_lists;
+            for (&feature, &activation) in indices.iter().zip(values) {
+                if !activation.is_finite() || (activation != 0.0 && feature as usize >= self.d_sae) {
+                    return Err(codes.fault(r..r + 1));
+                }
+                if activation <= 0.0 {
+                    continue;
+                }
+                let Some(list) = self.list(feature) else { continue };
+                let cell = first + list;
+                if activation >= cells[cell].threshold {
+                    let hit = Hit { activation, position: self.positions[r], sample: self.samples[r] };
+                    partial[cell / PIECE].push(Candidate { cell, hit });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn merge(&self, first_cell: usize, cells: &mut [Best], partial: &Self::Partial) {
+        for candidate in &partial[first_cell / PIECE] {
+            cells[candidate.cell - first_cell].insert(candidate.hit, self.n, self.per_sample);
+        }
+    }
+}
