@@ -54,6 +54,39 @@ def decode(
 
 # --- features.rs ----------------------------------------------------------------------------------------------------
 
+# (slots per row or row pointers, indices, values, d_sae)
+_Codes: TypeAlias = tuple[int | npt.NDArray[np.uint64], npt.NDArray[np.uint32], npt.NDArray[np.float32], int]
+_Groups: TypeAlias = tuple[npt.NDArray[np.uint32], int] | None
+_Progress: TypeAlias = Callable[[int], None] | None
+
+def feature_moments(
+    codes: _Codes, by: _Groups = None, progress: _Progress = None
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float32]]: ...
+def sample_fires(
+    codes: _Codes, order: npt.NDArray[np.uint64], starts: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]: ...
+def top_samples(
+    codes: _Codes,
+    samples: npt.NDArray[np.uint64],
+    positions: npt.NDArray[np.uint32],
+    n: int,
+    per_sample: bool,
+    features: npt.NDArray[np.uint32] | None = None,
+    by: _Groups = None,
+    progress: _Progress = None,
+) -> tuple[
+    npt.NDArray[np.uint32],
+    npt.NDArray[np.uint32],
+    npt.NDArray[np.uint32],
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.uint32],
+    npt.NDArray[np.float32],
+]: ...
+def fvu(x: Any, x_hat: Any, progress: _Progress = None) -> tuple[float, float]: ...
+def fvu_codes(
+    x: Any, codes: _Codes, w_dec: Any, b_dec: npt.NDArray[np.float32] | None = None, progress: _Progress = None
+) -> tuple[float, float]: ...
+
 # --- cka.rs ---------------------------------------------------------------------------------------------------------
 
 def cka_matrix(

@@ -2,5 +2,24 @@
 
 from microtome.metrics.cka import cka_matrix, linear_cka
 from microtome.metrics.codes import RaggedCodes, SparseCodes
+from microtome.metrics.features import FeatureStats, feature_stats, l0, variance_gap
+from microtome.metrics.odds import OddsRatio, odds_ratio
+from microtome.metrics.reconstruction import fvu
+from microtome.metrics.samples import SampleFires, sample_fires, top_samples
 
-__all__ = ["RaggedCodes", "SparseCodes", "cka_matrix", "linear_cka"]
+__all__ = [
+    "FeatureStats",
+    "OddsRatio",
+    "RaggedCodes",
+    "SampleFires",
+    "SparseCodes",
+    "cka_matrix",
+    "feature_stats",
+    "fvu",
+    "l0",
+    "linear_cka",
+    "odds_ratio",
+    "sample_fires",
+    "top_samples",
+    "variance_gap",
+]

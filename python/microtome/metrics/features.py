@@ -1,0 +1,226 @@
+"""Feature statistics: how often, how strongly and for which rows each feature of a dictionary fires."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from microtome import _core, progress as progress_bar
+from microtome.errors import DtypeError, ShapeError
+from microtome.metrics.codes import RaggedCodes, SparseCodes
+from microtome.metrics.rowtable import By, RowTable, grouping
+
+__all__ = ["Codes", "FeatureStats", "feature_stats", "l0", "variance_gap"]
+
+Codes: TypeAlias = SparseCodes | RaggedCodes
+"""Sparse codes with a fixed number of slots per row, or ragged ones; their fields may be torch tensors."""
+
+_CoreCodes: TypeAlias = tuple[
+    "int | npt.NDArray[np.uint64]", npt.NDArray[np.uint32], npt.NDArray[np.float32], int
+]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStats:
+    """Sums over the tokens of one group of rows, one entry per feature; they merge.
+
+    Example:
+        >>> codes = SparseCodes(np.array([[0], [0]], np.uint32), np.array([[1.0], [3.0]], np.float32), d_sae=2)
+        >>> feature_stats(codes).mean_square()
+        array([5., 0.])
+    """
+
+    n_tokens: int
+    """Number of tokens (rows), firing or not."""
+    fires: npt.NDArray[np.uint64]
+    """Tokens with h > 0, (d_sae,)."""
+    sum: npt.NDArray[np.float64]
+    """Σ h, (d_sae,)."""
+    sum_sq: npt.NDArray[np.float64]
+    """Σ h², (d_sae,)."""
+    max: npt.NDArray[np.float32]
+    """Largest h, (d_sae,); 0 where the feature never fires."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return len(self.fires)
+
+    def firing_frequency(self) -> npt.NDArray[np.float64]:
+        """Fraction of tokens with h > 0, (d_sae,)."""
+        return self.fires / self.n_tokens
+
+    def mean(self) -> npt.NDArray[np.float64]:
+        """E[h] over all tokens, (d_sae,)."""
+        return self.sum / self.n_tokens
+
+    def mean_square(self) -> npt.NDArray[np.float64]:
+        """E[h²] over all tokens, uncentred, (d_sae,)."""
+        return self.sum_sq / self.n_tokens
+
+    def dead(self) -> npt.NDArray[np.bool_]:
+        """Features that fire on none of the ``n_tokens`` tokens, (d_sae,)."""
+        return self.fires == 0
+
+    def merge(self, other: FeatureStats) -> FeatureStats:
+        """The statistics of both sets of rows together.
+
+        Raises:
+            ShapeError: the dictionaries differ in width.
+        """
+        if other.d_sae != self.d_sae:
+            raise ShapeError(f"other: expected d_sae = {self.d_sae}, found {other.d_sae}")
+        return FeatureStats(
+            n_tokens=self.n_tokens + other.n_tokens,
+            fires=self.fires + other.fires,
+            sum=self.sum + other.sum,
+            sum_sq=self.sum_sq + other.sum_sq,
+            max=np.maximum(self.max, other.max),
+        )
+
+    def to_polars(self) -> pl.DataFrame:
+        """One row per feature: sums and what follows from them; height ``d_sae``."""
+        return pl.DataFrame(
+            {
+                "feature": np.arange(self.d_sae, dtype=np.uint32),
+                "n_tokens": np.full(self.d_sae, self.n_tokens, np.uint64),
+                "fires": self.fires,
+                "firing_frequency": self.firing_frequency(),
+                "mean": self.mean(),
+                "mean_square": self.mean_square(),
+                "max": self.max,
+                "dead": self.dead(),
+            }
+        )
+
+
+@overload
+def feature_stats(
+    codes: Codes, by: None = None, *, rows: RowTable = None, progress: bool = True
+) -> FeatureStats: ...
+@overload
+def feature_stats(
+    codes: Codes, by: pl.Expr | pl.Series | npt.ArrayLike, *, rows: RowTable = None, progress: bool = True
+) -> dict[Any, FeatureStats]: ...
+def feature_stats(
+    codes: Codes, by: By = None, *, rows: RowTable = None, progress: bool = True
+) -> FeatureStats | dict[Any, FeatureStats]:
+    """Firing counts, sums, sums of squares and maxima of every feature, in one pass over the codes.
+
+    A feature fires on a token where h > 0. Sums are taken in float64; they are the same bit for bit for any number of
+    threads.
+
+    Args:
+        codes: sparse codes of n rows.
+        by: groups the rows: n labels (integers, strings or booleans), or a polars expression or column name over
+            ``rows``.
+        rows: row table of n rows (polars frame, mapping of columns, or activations of a store).
+        progress: show a bar on a terminal.
+
+    Returns:
+        :class:`FeatureStats` of all rows, or one per group by its label.
+
+    Raises:
+        ShapeError: no rows, another number of labels than rows, a feature index beyond ``d_sae``.
+        NonFiniteError: an activation is NaN or infinite.
+
+    Example:
+        >>> codes = SparseCodes(np.array([[0], [1]], np.uint32), np.array([[1.0], [3.0]], np.float32), d_sae=2)
+        >>> groups = feature_stats(codes, by=["image", "text"])
+        >>> groups["text"].fires
+        array([0, 1], dtype=uint64)
+    """
+    core = core_codes(codes)
+    n = n_rows(core)
+    groups = grouping(by, rows, n)
+    with progress_bar.bar("feature statistics", n, progress) as done:
+        argument = None if groups is None else (groups.of_rows, len(groups.keys))
+        columns = _core.feature_moments(core, argument, done)
+    if groups is None:
+        return FeatureStats(n, *columns)
+    fires, total, total_sq, largest = (column.reshape(len(groups.keys), -1) for column in columns)
+    return {
+        key: FeatureStats(int(size), fires[g], total[g], total_sq[g], largest[g])
+        for g, (key, size) in enumerate(zip(groups.keys, groups.sizes(), strict=True))
+    }
+
+
+def variance_gap(vision: FeatureStats | Codes, text: FeatureStats | Codes) -> npt.NDArray[np.float64]:
+    r"""Uncentred second moment on vision tokens minus that on text tokens, (d_sae,).
+
+    :math:`\Delta_f = E_{vision}[h_f^2] - E_{text}[h_f^2]`, each mean over all tokens of its side.
+
+    Args:
+        vision: statistics, or codes, of the vision-language side.
+        text: the same of the text side, over the same dictionary width.
+
+    Raises:
+        ShapeError: the two sides differ in ``d_sae``.
+
+    Example:
+        >>> codes = SparseCodes(np.array([[0]], np.uint32), np.array([[2.0]], np.float32), d_sae=2)
+        >>> variance_gap(codes, codes[:1])
+        array([0., 0.])
+    """
+    sides = [side if isinstance(side, FeatureStats) else feature_stats(side) for side in (vision, text)]
+    if sides[0].d_sae != sides[1].d_sae:
+        raise ShapeError(f"text: expected d_sae = {sides[0].d_sae} as vision, found {sides[1].d_sae}")
+    return sides[0].mean_square() - sides[1].mean_square()
+
+
+def l0(codes: FeatureStats | Codes) -> float:
+    """Mean number of features that fire on a token.
+
+    Example:
+        >>> l0(SparseCodes(np.array([[0, 1]], np.uint32), np.array([[2.0, 0.0]], np.float32), d_sae=2))
+        1.0
+    """
+    stats = codes if isinstance(codes, FeatureStats) else feature_stats(codes)
+    return float(stats.fires.sum() / stats.n_tokens)
+
+
+def core_codes(codes: Codes, name: str = "codes") -> _CoreCodes:
+    """Codes as the core takes them: row pointers or slots per row, indices, values, width.
+
+    Raises:
+        DtypeError: not sparse codes, or indices that are not integers.
+        ShapeError: no rows, or no slots.
+    """
+    if not all(hasattr(codes, field) for field in ("indices", "values", "d_sae")):
+        raise DtypeError(f"{name}: expected SparseCodes or RaggedCodes, found {type(codes).__name__}")
+    indices, values = _host(codes.indices), _host(codes.values)
+    if indices.dtype.kind not in "iu":
+        raise DtypeError(f"{name}.indices: expected integers, found {indices.dtype}")
+    if indices.dtype.kind == "i" and indices.size and int(indices.min()) < 0:
+        raise ShapeError(f"{name}.indices: expected features from 0 to {codes.d_sae - 1}, found {indices.min()}")
+    if values.dtype.kind != "f":
+        raise DtypeError(f"{name}.values: expected float32, found {values.dtype}")
+    flat = np.ascontiguousarray(indices, np.uint32).reshape(-1)
+    activations = np.ascontiguousarray(values, np.float32).reshape(-1)
+    indptr = getattr(codes, "indptr", None)
+    if indptr is None and (indices.ndim != 2 or indices.shape != values.shape):
+        raise ShapeError(
+            f"{name}: expected indices and values (n, k), found {indices.shape} and {values.shape}"
+        )
+    pointers = indices.shape[1] if indptr is None else np.ascontiguousarray(_host(indptr), np.uint64)
+    if (len(indices) if isinstance(pointers, int) else len(pointers) - 1) == 0:
+        raise ShapeError(f"{name}: expected at least one row, found no rows selected")
+    return pointers, flat, activations, codes.d_sae
+
+
+def n_rows(codes: _CoreCodes) -> int:
+    """Number of rows of codes as the core takes them."""
+    pointers, indices, *_ = codes
+    return len(indices) // pointers if isinstance(pointers, int) else len(pointers) - 1
+
+
+def _host(values: Any) -> npt.NDArray[Any]:
+    if hasattr(values, "detach"):  # a torch tensor
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+        return values.numpy()  # type: ignore[no-any-return]
+    return np.asarray(values)

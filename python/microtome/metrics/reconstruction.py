@@ -1,0 +1,59 @@
+"""How much of the activations a dictionary leaves unexplained."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from microtome import _core, progress as progress_bar, tensors
+from microtome.errors import ShapeError
+from microtome.metrics.features import core_codes
+
+__all__ = ["fvu"]
+
+
+def fvu(x: Any, x_hat: Any, *, W_dec: Any = None, b_dec: Any = None, progress: bool = True) -> float:
+    r"""Fraction of variance unexplained, sum over sum.
+
+    :math:`FVU = \sum_t \|x_t - \hat x_t\|^2 / \sum_t \|x_t - \bar x\|^2`, with the mean over the same rows, in float64
+    (blocks are joined by Chan's rule, so a mean far larger than the spread loses no digits). 0 is perfect, 1 is as good
+    as the mean. With sparse codes in place of ``x_hat`` each row is decoded, compared and forgotten.
+
+    Args:
+        x: activations (n, d_in): tensor, array or activations of a store; float32, float16 or bfloat16.
+        x_hat: reconstructions of the same shape, or sparse codes of n rows.
+        W_dec: decoder (d_sae, d_in), with sparse codes.
+        b_dec: decoder bias (d_in,), with sparse codes; zero where None.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The fraction; NaN, with a warning, where ``x`` does not vary.
+
+    Raises:
+        ShapeError: no rows, or shapes that do not fit each other.
+        NonFiniteError: NaN or infinity in any argument.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.array([[0.0, 1.0], [2.0, 3.0]], np.float32)
+        >>> fvu(x, x), fvu(x, np.ones((2, 1), np.float32) * x.mean(0))
+        (0.0, 1.0)
+    """
+    source = tensors.core_source(x, "x")
+    sparse = hasattr(x_hat, "indices") and hasattr(x_hat, "d_sae")
+    if sparse and W_dec is None:
+        raise ShapeError("W_dec: expected a decoder (d_sae, d_in) to go with sparse codes, found None")
+    if not sparse and (W_dec is not None or b_dec is not None):
+        raise ShapeError("x_hat: expected sparse codes to go with W_dec, found reconstructions")
+    with progress_bar.bar("fvu", None, progress) as done:
+        if sparse:
+            bias = None if b_dec is None else tensors.core_vector(b_dec, "b_dec")
+            decoder = tensors.core_matrix(W_dec, "W_dec")
+            error, variance = _core.fvu_codes(source, core_codes(x_hat, "x_hat"), decoder, bias, done)
+        else:
+            error, variance = _core.fvu(source, tensors.core_source(x_hat, "x_hat"), done)
+    if variance == 0:
+        warnings.warn("fvu: x does not vary, so the fraction is undefined: NaN", stacklevel=2)
+        return math.nan
+    return error / variance

@@ -1,0 +1,115 @@
+"""Row tables beside codes: which sample, position and group each row belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from microtome.errors import DtypeError, ShapeError
+
+__all__ = ["By", "Grouping", "RowTable", "columns", "grouping", "sample_numbers"]
+
+RowTable: TypeAlias = pl.LazyFrame | pl.DataFrame | Mapping[str, Any] | Any
+"""A polars frame, a mapping of columns, or anything with such a table as ``.rows`` (e.g. activations of a store)."""
+
+By: TypeAlias = pl.Expr | pl.Series | npt.ArrayLike | None
+"""What groups rows: one label per row, or a polars expression (or column name) over the row table."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """Rows by group, the groups in rising order of their keys."""
+
+    keys: list[Any]
+    """Label of each group."""
+    of_rows: npt.NDArray[np.uint32]
+    """Number of the group of each row, (n,)."""
+
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Rows per group, (n_groups,)."""
+        return np.bincount(self.of_rows, minlength=len(self.keys))
+
+
+def columns(rows: RowTable, wanted: list[pl.Expr], n: int, name: str = "rows") -> pl.DataFrame:
+    """The ``wanted`` columns of a row table with ``n`` rows.
+
+    Raises:
+        ShapeError: a column is missing, or the table has another number of rows.
+    """
+    if not isinstance(rows, pl.LazyFrame | pl.DataFrame | Mapping):
+        rows = getattr(rows, "rows", None)
+    if isinstance(rows, Mapping):
+        rows = pl.DataFrame({key: _series(key, column) for key, column in rows.items()})
+    if not isinstance(rows, pl.LazyFrame | pl.DataFrame):
+        raise DtypeError(f"{name}: expected a polars frame or a mapping of columns, found {type(rows).__name__}")
+    try:
+        table = rows.lazy().select(wanted).collect()
+    except pl.exceptions.ColumnNotFoundError as error:
+        present = ", ".join(rows.lazy().collect_schema().names())
+        missing = str(error).splitlines()[0]
+        raise ShapeError(f"{name}: expected column {missing}, found {present}") from error
+    if table.height != n:
+        raise ShapeError(f"{name}: expected {n} rows, one for each row of the codes, found {table.height}")
+    return table
+
+
+def grouping(by: By, rows: RowTable, n: int) -> Grouping | None:
+    """The group of each of ``n`` rows; None where ``by`` is None.
+
+    Raises:
+        ShapeError: another number of labels than rows, or an expression without a row table.
+    """
+    if by is None:
+        return None
+    if isinstance(by, str):
+        by = pl.col(by)
+    if isinstance(by, pl.Expr):
+        if rows is None:
+            raise ShapeError(f"rows: expected a row table for the expression {by}, found None. Pass rows=")
+        labels = columns(rows, [by.alias("group")], n).to_series()
+    else:
+        labels = _series("group", by)
+    if labels.dtype.is_float() or labels.dtype.is_nested():
+        raise DtypeError(f"by: expected integer, string or boolean labels, found {labels.dtype}")
+    if len(labels) != n:
+        raise ShapeError(f"by: expected {n} labels, one for each row of the codes, found {len(labels)}")
+    keys, numbers = _dense(labels)
+    return Grouping(keys.to_list(), numbers.astype(np.uint32))
+
+
+def sample_numbers(samples: pl.Series) -> tuple[npt.NDArray[np.uint64], pl.Series | None]:
+    """Sample ids as unsigned numbers in the order of the ids, and the ids themselves unless they are such numbers.
+
+    Raises:
+        ShapeError: a row has no sample.
+    """
+    if samples.null_count():
+        raise ShapeError(f"rows: expected a sample in every row, found {samples.null_count()} null")
+    if samples.dtype.is_integer() and (not len(samples) or int(samples.min()) >= 0):  # type: ignore[arg-type]
+        return np.ascontiguousarray(samples.to_numpy(), np.uint64), None
+    keys, numbers = _dense(samples)
+    return numbers.astype(np.uint64), keys
+
+
+def _dense(labels: pl.Series) -> tuple[pl.Series, npt.NDArray[np.int64]]:
+    """Distinct labels in rising order (null first), and the place of each label among them."""
+    keys = labels.unique().sort()
+    places = pl.DataFrame({"key": keys, "place": pl.Series(range(len(keys)), dtype=pl.Int64)})
+    found = pl.DataFrame({"key": labels}).join(
+        places, on="key", how="left", nulls_equal=True, maintain_order="left"
+    )
+    return keys, found["place"].to_numpy()
+
+
+def _series(name: str, values: Any) -> pl.Series:
+    if isinstance(values, pl.Series):
+        return values
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ShapeError(f"{name}: expected one entry per row, found shape {array.shape}")
+    return pl.Series(name, array.tolist() if array.dtype.kind in "OU" else array)

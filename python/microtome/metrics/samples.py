@@ -1,0 +1,157 @@
+"""Features by sample: the samples that fire a feature most, and in how many samples it fires at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from microtome import _core, progress as progress_bar
+from microtome.errors import ShapeError
+from microtome.metrics.features import Codes, core_codes, n_rows
+from microtome.metrics.rowtable import By, RowTable, columns, grouping, sample_numbers
+
+__all__ = ["SampleFires", "sample_fires", "top_samples"]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleFires:
+    """In how many samples each feature fires on at least one token."""
+
+    n_samples: int
+    """Number of samples."""
+    fires: npt.NDArray[np.uint64]
+    """Samples with a firing token, (d_sae,)."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return len(self.fires)
+
+    def firing_frequency(self) -> npt.NDArray[np.float64]:
+        """Fraction of samples in which the feature fires, (d_sae,)."""
+        return self.fires / self.n_samples
+
+    def merge(self, other: SampleFires) -> SampleFires:
+        """Both sets of samples together; they must have no sample in common.
+
+        Raises:
+            ShapeError: the dictionaries differ in width.
+        """
+        if other.d_sae != self.d_sae:
+            raise ShapeError(f"other: expected d_sae = {self.d_sae}, found {other.d_sae}")
+        return SampleFires(self.n_samples + other.n_samples, self.fires + other.fires)
+
+
+def sample_fires(codes: Codes, rows: RowTable) -> SampleFires:
+    """Count, for every feature, the samples of which any token fires.
+
+    Args:
+        codes: sparse codes of n rows.
+        rows: row table of n rows with a column ``sample``; the rows of a sample need not lie side by side.
+
+    Raises:
+        ShapeError: no rows, another number of rows than codes, no column ``sample``.
+
+    Example:
+        >>> from microtome.metrics import SparseCodes
+        >>> codes = SparseCodes(np.array([[0], [0]], np.uint32), np.array([[1.0], [3.0]], np.float32), d_sae=2)
+        >>> sample_fires(codes, {"sample": [7, 7]}).fires
+        array([1, 0], dtype=uint64)
+    """
+    core = core_codes(codes)
+    table = columns(rows, [pl.col("sample")], n_rows(core))
+    samples, _ = sample_numbers(table["sample"])
+    order = np.argsort(samples, kind="stable").astype(np.uint64)
+    edges = np.flatnonzero(np.diff(samples[order])) + 1
+    starts = np.concatenate([[0], edges, [len(samples)]]).astype(np.uint64)
+    return SampleFires(len(starts) - 1, _core.sample_fires(core, order, starts))
+
+
+def top_samples(
+    codes: Codes,
+    rows: RowTable,
+    n: int = 20,
+    *,
+    features: npt.ArrayLike | None = None,
+    per_sample: bool = True,
+    by: By = None,
+    progress: bool = True,
+) -> pl.DataFrame:
+    """The samples that activate each feature most, by the maximum over their tokens.
+
+    Ties go to the smaller sample, then to the smaller position: the table is the same for any order of rows and any
+    number of threads.
+
+    Args:
+        codes: sparse codes of n_rows rows.
+        rows: row table with columns ``sample`` and ``position``.
+        n: samples per feature.
+        features: the features wanted, (m,); all where None.
+        per_sample: a sample appears once, at its strongest token; otherwise every token stands for itself.
+        by: groups the rows as in :func:`feature_stats`; the table then begins with a column ``group``.
+        progress: show a bar on a terminal.
+
+    Returns:
+        Columns feature, rank (from 1), sample, position, activation; features that never fire have no rows.
+
+    Raises:
+        ShapeError: no rows, a missing column, lengths that differ, ``n`` below 1, a feature beyond ``d_sae``.
+        NonFiniteError: an activation is NaN or infinite.
+
+    Example:
+        >>> from microtome.metrics import SparseCodes
+        >>> codes = SparseCodes(np.array([[0], [0]], np.uint32), np.array([[1.0], [3.0]], np.float32), d_sae=2)
+        >>> top_samples(codes, {"sample": [0, 1], "position": [4, 5]}, n=1).row(0)
+        (0, 1, 1, 5, 3.0)
+    """
+    core = core_codes(codes)
+    height = n_rows(core)
+    if n < 1:
+        raise ShapeError(f"n: expected at least 1, found {n}")
+    table = columns(rows, [pl.col("sample"), pl.col("position")], height)
+    samples, ids = sample_numbers(table["sample"])
+    groups = grouping(by, rows, height)
+    wanted = None if features is None else _features(features, codes.d_sae)
+    with progress_bar.bar("top samples", height, progress) as done:
+        group, feature, rank, sample, position, activation = _core.top_samples(
+            core,
+            samples,
+            _positions(table["position"]),
+            n,
+            per_sample,
+            wanted,
+            None if groups is None else (groups.of_rows, len(groups.keys)),
+            done,
+        )
+    frame = pl.DataFrame(
+        {
+            "feature": feature if wanted is None else wanted[feature],
+            "rank": rank,
+            "sample": sample if ids is None else ids.gather(sample),
+            "position": position,
+            "activation": activation,
+        }
+    )
+    if groups is None:
+        return frame
+    return frame.select(pl.Series(groups.keys).gather(group).alias("group"), pl.all())
+
+
+def _positions(positions: pl.Series) -> npt.NDArray[np.uint32]:
+    if not positions.dtype.is_integer() or positions.null_count():
+        raise ShapeError(f"rows: expected an integer position in every row, found {positions.dtype}")
+    if int(positions.min()) < 0 or int(positions.max()) > np.iinfo(np.uint32).max:  # type: ignore[arg-type]
+        raise ShapeError(f"rows: expected positions from 0, found {positions.min()} to {positions.max()}")
+    return np.ascontiguousarray(positions.to_numpy(), np.uint32)
+
+
+def _features(features: npt.ArrayLike, d_sae: int) -> npt.NDArray[np.uint32]:
+    wanted = np.asarray(features)
+    if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
+        raise ShapeError(f"features: expected a list of feature indices, found {features!r}")
+    if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= d_sae):
+        raise ShapeError(f"features: expected 0 to {d_sae - 1}, found {wanted.min()} to {wanted.max()}")
+    return np.ascontiguousarray(wanted, np.uint32)
