@@ -1,7 +1,8 @@
 """Types of the compiled core. Private: the public names are those of :mod:`microtome`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt

@@ -206,6 +206,8 @@ def core_codes(codes: Codes, name: str = "codes") -> _CoreCodes:
         raise ShapeError(
             f"{name}: expected indices and values (n, k), found {indices.shape} and {values.shape}"
         )
+    if indptr is None and indices.shape[1] == 0:
+        raise ShapeError(f"{name}: expected at least one slot per row, found shape {indices.shape}")
     pointers = indices.shape[1] if indptr is None else np.ascontiguousarray(_host(indptr), np.uint64)
     if (len(indices) if isinstance(pointers, int) else len(pointers) - 1) == 0:
         raise ShapeError(f"{name}: expected at least one row, found no rows selected")

@@ -34,20 +34,22 @@ fn squared_distance<A: Element>(a: &[A], b: impl Fn(usize) -> f64) -> f64 {
     total(lanes)
 }
 
-/// The mean of the rows, column by column: x_0 + Σ (x − x_0) / n, which is exact where rows are equal.
-pub fn mean(rows: Rows<'_>) -> Vec<f64> {
+/// The first row x_0, and the mean of the rows relative to it, Σ (x − x_0) / n. The latter is exactly zero where rows
+/// are equal, and keeps its digits where they are far from zero.
+pub fn shifted_mean(rows: Rows<'_>) -> (Vec<f64>, Vec<f64>) {
     let (n, d) = (rows.n() as f64, rows.d());
-    let mut shifted = vec![0.0; d];
-    with_elements!(rows.data(), x => {
+    let mut offset = vec![0.0; d];
+    let first: Vec<f64> = with_elements!(rows.data(), x => {
         let first: Vec<f64> = x.iter().take(d).map(|v| f64::from(v.widen())).collect();
         for row in x.chunks_exact(d) {
-            for ((s, v), f) in shifted.iter_mut().zip(row).zip(&first) {
+            for ((s, v), f) in offset.iter_mut().zip(row).zip(&first) {
                 *s += f64::from(v.widen()) - f;
             }
         }
-        shifted.iter_mut().zip(&first).for_each(|(s, f)| *s = f + *s / n);
+        first
     });
-    shifted
+    offset.iter_mut().for_each(|s| *s /= n);
+    (first, offset)
 }
 
 /// Σ ‖x − centre‖² over the rows.

@@ -8,7 +8,7 @@ use super::Fold;
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::kernels::residual::{
-    Decoder, centred_squares, first_non_finite, mean, reconstruction_error, squared_error,
+    Decoder, centred_squares, first_non_finite, reconstruction_error, shifted_mean, squared_error,
 };
 use crate::rows::Rows;
 
@@ -29,8 +29,10 @@ pub enum Reconstruction<'a> {
 pub struct Variance {
     /// Number of rows.
     pub n: u64,
-    /// Mean of the rows; empty before the first.
-    pub mean: Vec<f64>,
+    /// A row; empty before the first.
+    pub shift: Vec<f64>,
+    /// Mean of the rows minus `shift`: kept apart so that a large mean costs no digits.
+    pub offset: Vec<f64>,
     /// Σ ‖x − x̄‖².
     pub centred: f64,
     /// Σ ‖x − x̂‖².
@@ -40,8 +42,9 @@ pub struct Variance {
 impl Variance {
     /// The sums of one block of rows whose reconstruction error is `error`.
     pub fn of(x: Rows<'_>, error: f64) -> Self {
-        let mean = mean(x);
-        Self { n: x.n() as u64, centred: centred_squares(x, &mean), mean, error }
+        let (shift, offset) = shifted_mean(x);
+        let centre: Vec<f64> = shift.iter().zip(&offset).map(|(s, o)| s + o).collect();
+        Self { n: x.n() as u64, centred: centred_squares(x, &centre), shift, offset, error }
     }
 
     /// Joins the sums of rows further behind.
@@ -52,10 +55,10 @@ impl Variance {
         }
         let (a, b) = (self.n as f64, later.n as f64);
         let mut gap = 0.0;
-        for (m, other) in self.mean.iter_mut().zip(&later.mean) {
-            let difference = other - *m;
+        for (j, offset) in self.offset.iter_mut().enumerate() {
+            let difference = (later.shift[j] - self.shift[j]) + (later.offset[j] - *offset);
             gap += difference * difference;
-            *m += difference * (b / (a + b));
+            *offset += difference * (b / (a + b));
         }
         self.centred += later.centred + gap * (a * b / (a + b));
         self.error += later.error;
