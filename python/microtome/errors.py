@@ -10,6 +10,7 @@ __all__ = [
     "DtypeError",
     "Error",
     "ForkedError",
+    "HookError",
     "LockedError",
     "ManifestError",
     "MissingExtraError",
@@ -44,6 +45,12 @@ class VersionError(StoreError):
 
 class LockedError(StoreError):
     """Another writer holds the store."""
+
+
+class HookError(StoreError, KeyError):
+    """A hook or module path that is not there; the message lists near names."""
+
+    __str__ = Exception.__str__  # KeyError would quote the message
 
 
 class ShapeError(Error, ValueError):

@@ -1,5 +1,7 @@
 //! `NumPy` in and out. bf16 crosses as `("bfloat16", uint16 array)`: an untagged integer array is refused.
 
+use std::sync::Arc;
+
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
 use microtome_core::scan::Source;
@@ -8,6 +10,7 @@ use numpy::{PyReadonlyArray2, PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArray
 use pyo3::prelude::*;
 
 use crate::error::{dtype_error, shape_error, to_py};
+use crate::store::Selection;
 
 const EXPECTED: &str = "float32, float16 or bfloat16";
 
@@ -54,14 +57,18 @@ impl<'py> Matrix<'py> {
     }
 }
 
-/// An argument that a scan can read: a matrix or, later in the pipeline, a selection of a store.
+/// An argument that a scan can read: a matrix, or an object whose `_selection` is one of a store.
 pub enum Input<'py> {
     Matrix(Matrix<'py>),
+    Stored(Arc<microtome_core::store::Selection>),
 }
 
 impl<'py> Input<'py> {
     /// Reads `object` as the argument called `name`.
     pub fn extract(object: &Bound<'py, PyAny>, name: &str) -> PyResult<Self> {
+        if let Some(selection) = object.getattr_opt("_selection")? {
+            return Ok(Self::Stored(selection.cast::<Selection>()?.get().rows()));
+        }
         Ok(Self::Matrix(Matrix::extract(object, name)?))
     }
 
@@ -69,6 +76,7 @@ impl<'py> Input<'py> {
     pub fn source<'a>(&'a self, name: &str) -> PyResult<Box<dyn Source + 'a>> {
         match self {
             Self::Matrix(matrix) => Ok(Box::new(matrix.rows(name)?)),
+            Self::Stored(selection) => Ok(Box::new(selection.activations().map_err(|e| to_py(&e))?)),
         }
     }
 }

@@ -2,9 +2,18 @@
 
 use pyo3::prelude::*;
 
+#[path = "store_reader.rs"]
+mod reader;
 #[path = "store_writer.rs"]
 mod writer;
 
+pub use reader::Selection;
+
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_class::<writer::StoreWriter>()
+    m.add("FAILPOINTS", cfg!(feature = "failpoints"))?;
+    m.add_class::<writer::StoreWriter>()?;
+    m.add_class::<writer::CodesWriter>()?;
+    m.add_class::<reader::StoreReader>()?;
+    m.add_class::<reader::Selection>()?;
+    m.add_class::<reader::Block>()
 }

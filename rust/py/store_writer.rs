@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use microtome_core::store::fs::Os;
 use microtome_core::store::{Column, Manifest, Nonfinite, Scalar, Table, Writer};
 use microtome_core::{Dtype, Error, Result, with_elements};
-use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -191,6 +191,76 @@ impl StoreWriter {
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
         self.close(py)
+    }
+}
+
+/// The one writer of a store of sparse codes: `k` slots per row of a store of activations.
+#[pyclass(frozen, module = "microtome._core")]
+pub struct CodesWriter {
+    owned: Owned,
+    hook: String,
+    k: usize,
+}
+
+/// Row space of sparse codes; its row table holds the row numbers in the store of activations.
+const TOKENS: &str = "tokens";
+
+#[pymethods]
+impl CodesWriter {
+    #[new]
+    #[pyo3(signature = (path, *, hook, k, facts))]
+    fn new(py: Python<'_>, path: &str, hook: String, k: usize, facts: &str) -> PyResult<Self> {
+        let columns = ["indices", "values"]
+            .into_iter()
+            .zip([Scalar::U32, Scalar::F32])
+            .map(|(name, scalar)| Column::matrix(name, scalar, k as u64));
+        let tables = vec![Table::hook(&hook, TOKENS, columns.collect())];
+        let rows = vec![Table::rows_of(TOKENS, vec![Column::vector("row", Scalar::U64)])];
+        let manifest = Manifest::new(parse_facts(facts)?, tables, rows);
+        Ok(Self { owned: Owned::open(py, path, manifest, Nonfinite::Error)?, hook, k })
+    }
+
+    /// Committed rows.
+    #[getter]
+    fn n_rows(&self, py: Python<'_>) -> PyResult<u64> {
+        self.owned.with(py, "n_rows", |w| Ok(w.manifest().n_rows(TOKENS)))
+    }
+
+    /// Appends codes `(n, k)` of the rows with these numbers.
+    fn append(
+        &self,
+        py: Python<'_>,
+        rows: PyReadonlyArray1<'_, u64>,
+        indices: PyReadonlyArray2<'_, u32>,
+        values: PyReadonlyArray2<'_, f32>,
+    ) -> PyResult<()> {
+        let n = rows.len();
+        for (name, shape) in [("indices", indices.shape()), ("values", values.shape())] {
+            if shape != [n, self.k] {
+                return Err(shape_error(
+                    name,
+                    &format!("shape [{n}, {}]", self.k),
+                    &format!("shape {shape:?}"),
+                ));
+            }
+        }
+        let strided = |_| shape_error("codes", "contiguous, aligned arrays", "strided or misaligned memory");
+        let indices = bytemuck::cast_slice(indices.as_slice().map_err(strided)?);
+        let values = bytemuck::cast_slice(values.as_slice().map_err(strided)?);
+        let rows = bytemuck::cast_slice(contiguous(&rows, "row")?);
+        self.owned.with(py, "append", |writer| {
+            writer.append(TOKENS, n, &[rows], &[(&self.hook, vec![indices, values])])
+        })
+    }
+
+    /// Commits the rows appended so far as a step.
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        self.owned.with(py, "commit", |writer| writer.commit(&[]))
+    }
+
+    /// Drops what is not committed and releases the store. Closing twice is fine.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.owned.close(py)
     }
 }
 

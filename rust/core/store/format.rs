@@ -286,8 +286,8 @@ fn contiguous(mut entries: Vec<(String, Entry)>, file_len: u64, path: &Path) -> 
 pub fn unsafe_kind(start: &[u8]) -> Option<&'static str> {
     match start {
         [0x80, 2..=5, ..] => Some("a pickle"),
-        [b'P', b'K', 3 | 5, 4 | 6, ..] => Some("a zip archive, as torch.save and numpy.savez write"),
-        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => Some("a NumPy file, which may hold pickled objects"),
+        [b'P', b'K', 3 | 5, 4 | 6, ..] => Some("a zip archive, as torch.save writes"),
+        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => Some("an npy file, which may hold pickled objects"),
         _ => None,
     }
 }

@@ -5,7 +5,8 @@
 #![allow(clippy::disallowed_methods, reason = "this file is the border")]
 
 use std::fmt::Debug;
-use std::fs::{File, OpenOptions, Permissions};
+pub use std::fs::File;
+use std::fs::{OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ pub trait Fs: Debug + Send + Sync {
     fn create(&self, path: &Path) -> io::Result<Box<dyn Output>>;
     /// Opens a regular file below `root` for reading; anything else on the way down, a link too, is `InvalidInput`.
     fn open(&self, root: &Path, parts: &[&str]) -> io::Result<Box<dyn Input>>;
+    /// Which file a path stands for at this moment.
+    fn identity(&self, path: &Path) -> io::Result<Identity>;
     /// Creates a folder.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Names in a folder, sorted.
@@ -102,6 +105,11 @@ impl Fs for Os {
             return Err(irregular());
         }
         Ok(Box::new(file))
+    }
+
+    fn identity(&self, path: &Path) -> io::Result<Identity> {
+        let data = path.symlink_metadata()?;
+        Ok(Identity { device: data.dev(), inode: data.ino(), len: data.len() })
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {

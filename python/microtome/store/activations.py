@@ -1,0 +1,192 @@
+"""Activations of one hook: a lazy selection of rows that reads as tensors, block by block, or straight into the core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from microtome import _core, tensors
+from microtome.errors import DtypeError, ShapeError
+from microtome.store.tables import PLACE, ROW, row_schema, selected
+
+if TYPE_CHECKING:
+    from microtome.store.reading import ActivationStore
+
+__all__ = ["Activations", "places"]
+
+
+class Activations:
+    """Rows of one hook, shape (n, d). Every metric takes it where it takes a matrix, and streams it.
+
+    Tensors it gives are private: where rows lie side by side they are copy-on-write views of the file, without a copy
+    until somebody writes, and writing changes neither the store nor another tensor.
+
+    Example:
+        >>> acts = store["blocks.1.hook_resid_post"]                     # doctest: +SKIP
+        >>> image = acts.where(pl.col("kind") == "image")                # doctest: +SKIP
+        >>> mean = sum(block.sum(0) for block in image.blocks(65_536)) / len(image)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        hook: str,
+        space: str,
+        selection: _core.Selection,
+        predicates: tuple[pl.Expr, ...] = (),
+    ) -> None:
+        self.store = store
+        """Store that holds the rows."""
+        self.hook = hook
+        """Hook name."""
+        self.space = space
+        """Row space of the hook: ``"tokens"`` for the decoder."""
+        self._base = selection
+        self._predicates = predicates
+
+    @cached_property
+    def _selection(self) -> _core.Selection:
+        """The rows as the core reads them; predicates are evaluated here, at the first use."""
+        if not self._predicates:
+            return self._base
+        chosen = self._filtered().select(PLACE).collect().get_column(PLACE)
+        return self._base.take(chosen.to_numpy())
+
+    def _base_rows(self) -> pl.LazyFrame:
+        """The row table of the base, with :data:`PLACE`: where each row stands in the base."""
+        rows = self.store._row_frame(self.space)
+        if self._base.is_all:
+            return rows.with_columns(pl.col(ROW).alias(PLACE))
+        chosen = pl.LazyFrame({ROW: self._base.indices()}).with_columns(
+            pl.int_range(pl.len(), dtype=pl.UInt64).alias(PLACE)
+        )
+        return chosen.join(rows, on=ROW, how="left", maintain_order="left")
+
+    def _filtered(self) -> pl.LazyFrame:
+        columns = set(row_schema(self.store._reader, self.space))
+        return selected(self._base_rows(), self.store.samples, self._predicates, columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and width, (n, d)."""
+        return len(self._selection), self.width
+
+    @property
+    def width(self) -> int:
+        """Elements per row, ``d``; known without evaluating a selection."""
+        return self._base.width or 1
+
+    @property
+    def dtype(self) -> Any:
+        """Element type: a torch dtype, or its name when torch is missing."""
+        try:
+            import torch
+        except ImportError:
+            return self._base.dtype
+        return getattr(torch, self._base.dtype)
+
+    def __len__(self) -> int:
+        return len(self._selection)
+
+    def __repr__(self) -> str:
+        n = "rows not evaluated" if self._predicates and "_selection" not in self.__dict__ else f"{len(self)} rows"
+        return f"Activations({self.hook!r}, {n}, d={self.width}, {self._base.dtype})"
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Rows as a tensor (NumPy without torch): a number, a slice, row numbers or a mask."""
+        if isinstance(rows, int | np.integer):
+            return self[places(rows, len(self))][0]
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            start, stop, _ = rows.indices(len(self))
+            return self._read(self._selection, start, max(start, stop))
+        chosen = self._selection.take(places(rows, len(self)))
+        return self._read(chosen, 0, len(chosen))
+
+    def _read(self, selection: _core.Selection, start: int, stop: int) -> Any:
+        return tensors.to_tensor(np.asarray(selection.read(start, stop)), selection.dtype)
+
+    def where(self, *predicates: pl.Expr) -> Activations:
+        """The rows that meet polars expressions over the columns of rows and samples. Nothing is read before it is needed.
+
+        Args:
+            predicates: Boolean expressions, applied one after the other. Columns of rows (``row``, ``sample``,
+                ``position``, ``token_id``, ``kind``, ``special``) and of samples (``id`` and the user's own).
+
+        Example:
+            >>> acts.where(pl.col("kind") == "image", pl.col("domain") == "vqa")    # doctest: +SKIP
+        """
+        for predicate in predicates:
+            if not isinstance(predicate, pl.Expr):
+                raise DtypeError(f"predicates: expected polars expressions, found {type(predicate).__name__}")
+        return Activations(self.store, self.hook, self.space, self._base, (*self._predicates, *predicates))
+
+    def take(self, rows: Any) -> Activations:
+        """The rows given (a slice, numbers or a mask), in their order, as a selection. Reads no activations."""
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            start, stop, _ = rows.indices(len(self))
+            chosen = self._selection.slice(start, max(start, stop))
+        else:
+            chosen = self._selection.take(places(rows, len(self)))
+        return Activations(self.store, self.hook, self.space, chosen)
+
+    def blocks(self, n: int = 65_536) -> Iterator[Any]:
+        """Tensors of at most ``n`` rows, (n, d), from the first row to the last."""
+        if n < 1:
+            raise ShapeError(f"n: expected at least 1 row per block, found {n}")
+        for start in range(0, len(self), n):
+            yield self[start : start + n]
+
+    @property
+    def row_numbers(self) -> npt.NDArray[np.uint64]:
+        """Number of each row in its row space, (n,)."""
+        return self._selection.indices()
+
+    @property
+    def rows(self) -> pl.LazyFrame:
+        """The row table of this selection: one row per activation, in their order."""
+        rows = self._filtered() if self._predicates else self._base_rows()
+        columns = [name for name in row_schema(self.store._reader, self.space) if name != ROW]
+        return rows.select(columns)
+
+    @property
+    def sample_ids(self) -> pl.LazyFrame:
+        """``sample`` and ``id`` of each row, in their order."""
+        ids = self.store.samples.select("sample", "id")
+        return self.rows.select("sample").join(ids, on="sample", how="left", maintain_order="left")
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """All rows as one array, (n, d); bf16 is widened to float32."""
+        values: npt.NDArray[Any] = np.asarray(self._selection.read(0, len(self)))
+        if self._base.dtype == "bfloat16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        values = self.numpy()
+        return values if dtype is None else values.astype(dtype)
+
+
+def places(rows: Any, n: int) -> npt.NDArray[np.uint64]:
+    """Row numbers, a slice or a mask as places in ``0..n``.
+
+    Raises:
+        ShapeError: out of range, or a mask of another length.
+    """
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(n), dtype=np.int64).astype(np.uint64)
+    values = np.atleast_1d(np.asarray(rows))
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iub"):
+        raise ShapeError(f"rows: expected a slice, row numbers or a mask, found {values.dtype} {values.shape}")
+    if values.dtype.kind == "b":
+        if len(values) != n:
+            raise ShapeError(f"rows: expected a mask of {n} rows, found {len(values)}")
+        return np.flatnonzero(values).astype(np.uint64)
+    wrong = (values >= n) | (values < -n) if values.dtype.kind == "i" else values >= n
+    if wrong.any():
+        raise ShapeError(f"rows: expected numbers below {n}, found {values[wrong][0]}")
+    return np.ascontiguousarray(np.where(values < 0, values + n, values).astype(np.uint64))

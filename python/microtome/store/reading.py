@@ -1,0 +1,184 @@
+"""A store of activations, open for reading."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from microtome import _core
+from microtome.errors import HookError
+from microtome.store.activations import Activations
+from microtome.store.codes import CODES, CodesWriter, StoredCodes, codes_folder
+from microtome.store.tables import ROW, row_frame, sample_frame
+
+__all__ = ["ActivationStore"]
+
+
+class ActivationStore:
+    """What a capture has committed, as it was at the moment of opening. Read-only; a running capture is not disturbed.
+
+    Args:
+        path: folder of the store.
+        verify: when the CRC32C of a 1 MiB block is computed: ``"first"`` touch after opening, ``"always"``, ``"never"``.
+        backend: ``"mmap"``, or ``"pread"`` for network disks, where a map would turn a lost connection into a signal.
+
+    Raises:
+        StoreError: ``path`` is not a store.
+        ManifestError: the manifest is damaged. CorruptShardError follows at the first touch of a damaged shard.
+        VersionError: written by a format that this build does not read.
+        UnsafeCheckpointError: ``path`` is a pickle or an archive.
+
+    Example:
+        >>> store = mt.ActivationStore("runs/llava")                     # doctest: +SKIP
+        >>> store["blocks.12.hook_resid_post"][:4].shape                 # doctest: +SKIP
+        torch.Size([4, 4096])
+    """
+
+    def __init__(self, path: str | os.PathLike[str], verify: str = "first", backend: str = "mmap") -> None:
+        self._reader = _core.StoreReader(os.fspath(path), verify, backend)
+        self._tables = {name: space for name, space, _ in self._reader.hooks}
+        self._spaces = [name for name, _, _ in self._reader.spaces]
+
+    @property
+    def path(self) -> Path:
+        """Folder of the store."""
+        return Path(self._reader.path)
+
+    @property
+    def hooks(self) -> list[str]:
+        """Hook names, in the order of the capture."""
+        return list(self._tables)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Facts of the run: model, revision, processor and the like."""
+        facts: dict[str, Any] = json.loads(self._reader.facts)
+        return facts
+
+    @property
+    def fingerprint(self) -> str:
+        """Checksum over the manifest, which holds the checksums of all files: equal for equal stores."""
+        return self._reader.fingerprint
+
+    @property
+    def spaces(self) -> list[str]:
+        """Row spaces: ``"tokens"`` for the decoder; other towers have rows of their own."""
+        return list(self._spaces)
+
+    @property
+    def n_rows(self) -> int:
+        """Committed rows of the decoder's tokens, or of the only row space of a store without them."""
+        return self.n_rows_of(self._main_space)
+
+    @property
+    def _main_space(self) -> str:
+        return "tokens" if "tokens" in self._spaces else self._spaces[0]
+
+    def n_rows_of(self, space: str) -> int:
+        """Committed rows of a row space."""
+        return sum(step[space] for step in self._reader.steps)
+
+    @property
+    def rows(self) -> pl.LazyFrame:
+        """Row table of the decoder's tokens: ``sample``, ``position``, ``token_id``, ``kind``, ``special``."""
+        return self.rows_of(self._main_space)
+
+    def rows_of(self, space: str) -> pl.LazyFrame:
+        """Row table of a row space, in the order of the rows of its hooks."""
+        return self._row_frame(space).drop(ROW)
+
+    def _row_frame(self, space: str) -> pl.LazyFrame:
+        return row_frame(self._reader, space)
+
+    @cached_property
+    def samples(self) -> pl.LazyFrame:
+        """Sample table: ``sample`` (its number in the store), ``id``, and the columns given at capture."""
+        return sample_frame(self._reader)
+
+    def __contains__(self, hook: object) -> bool:
+        return isinstance(hook, str) and self._canonical(hook) is not None
+
+    def _canonical(self, hook: str) -> str | None:
+        if hook in self._tables:
+            return hook
+        modules: dict[str, str] = self.facts.get("modules", {})
+        return next((name for name, path in modules.items() if path == hook and name in self._tables), None)
+
+    def __getitem__(self, hook: str) -> Activations:
+        """All rows of a hook, by its name or by the path of its module in the model.
+
+        Raises:
+            HookError: no such hook; the message lists the nearest names.
+        """
+        name = self._canonical(hook)
+        if name is None:
+            near = difflib.get_close_matches(hook, self._tables, n=3, cutoff=0.3) or self.hooks[:3]
+            raise HookError(f"no hook {hook!r}: {self.path}: expected e.g. {', '.join(near)}. See store.hooks")
+        return Activations(self, name, self._tables[name], self._reader.hook(name))
+
+    def __repr__(self) -> str:
+        return f"ActivationStore({str(self.path)!r}, {len(self.hooks)} hooks, {self.n_rows} rows)"
+
+    def verify(self, progress: Callable[[int], object] | None = None) -> list[str]:
+        """Check every byte of every file, in parallel.
+
+        Args:
+            progress: called about ten times a second with the number of files done, of :attr:`n_files`.
+
+        Returns:
+            One line per problem, with the rows affected; empty when the store is sound.
+        """
+        problems = self._reader.verify(progress)
+        for name in self.code_names:
+            problems += [f"codes {name}: {problem}" for problem in self.codes(name).verify()]
+        return problems
+
+    @property
+    def n_files(self) -> int:
+        """Files that :meth:`verify` checks."""
+        return self._reader.n_files
+
+    @property
+    def code_names(self) -> list[str]:
+        """Names of the sparse codes stored beside the activations."""
+        folder = self.path / CODES
+        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+    def codes(self, name: str) -> StoredCodes:
+        """Sparse codes stored under ``name``."""
+        return StoredCodes(codes_folder(self.path, name))
+
+    def write_codes(
+        self,
+        name: str,
+        hook: str | Activations,
+        *,
+        k: int,
+        d_sae: int,
+        dictionary: str,
+        step_rows: int = 65_536,
+    ) -> CodesWriter:
+        """Write sparse codes of a hook (or of a selection of its rows) beside the activations, block by block.
+
+        Args:
+            name: folder name of the codes: letters, digits and ``._-``.
+            hook: hook name, or the selection that is encoded.
+            k: slots per row.
+            d_sae: width of the dictionary.
+            dictionary: fingerprint of the dictionary.
+            step_rows: rows per commit; what is not committed is lost when the process dies.
+
+        Example:
+            >>> with store.write_codes("topk", acts, k=32, d_sae=16384, dictionary=sae.fingerprint) as out:
+            ...     for block in acts.take(slice(out.n_rows, None)).blocks():       # goes on where it stopped
+            ...         out.append(encoder(block))                                  # doctest: +SKIP
+        """
+        acts = self[hook] if isinstance(hook, str) else hook
+        return CodesWriter(self, name, acts, k=k, d_sae=d_sae, dictionary=dictionary, step_rows=step_rows)
