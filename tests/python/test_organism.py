@@ -1,4 +1,4 @@
-"""The model organism keeps its promises: tasks are sound, pairs align, weights load offline and answer unseen scenes."""
+"""The model organism: tasks are sound, pairs align, weights load offline and answer unseen scenes."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,8 @@ def test_splits_are_disjoint_whatever_the_order_of_the_things():
         drawn += [scenes.draw_digits(rng, split) for _ in range(2000)]
         contents[split] = {frozenset(scene.things) for scene in drawn}
         assert all(scenes.Scene(scene.things[::-1]).split() == split for scene in drawn[:2000])
-    assert contents["train"] and contents["test"]
+    assert contents["train"]
+    assert contents["test"]
     assert not contents["train"] & contents["test"]
 
 

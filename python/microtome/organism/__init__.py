@@ -1,4 +1,4 @@
-"""The model organism: a small language model and the LLaVA-style VLM made from it, with the questions they answer.
+"""The model organism: a small language model, the LLaVA-style VLM made from it, and what they are asked.
 
     >>> from microtome import organism
     >>> item = organism.questions("colour", "visual", 1)[0]
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from microtome.errors import ShapeError
+from microtome.organism.answering import accuracy, predict
 from microtome.organism.tasks import (
     FORMS,
     QUESTION_KINDS,
@@ -33,6 +34,7 @@ __all__ = [
     "TASKS",
     "Item",
     "Pair",
+    "accuracy",
     "answers",
     "dataset",
     "load_model",
@@ -40,6 +42,7 @@ __all__ = [
     "load_tokenizer",
     "pairs",
     "path",
+    "predict",
     "questions",
 ]
 

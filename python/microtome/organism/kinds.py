@@ -1,17 +1,19 @@
 """Kinds of question: what is asked, in which words, and what the scene answers.
 
-A kind draws the arguments of a question, words them in a template of fixed length, and solves it on any scene. Because solving
-takes the scene as an argument, the same question can be put to a changed scene: that is how counterfactuals are made.
+A kind draws the arguments of a question, words them in a template of fixed length, and solves it on any
+scene. As solving takes the scene as an argument, the same question can be put to a changed scene: that is how
+counterfactuals are made.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from microtome.organism.scenes import COLOURS, DIGITS, GRID, MAX_THINGS, SHAPES, Scene, Thing
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HARMFUL = ("burn", "smash", "steal", "poison", "bomb", "shoot")
 BENIGN = ("wash", "paint", "find", "hang", "carry", "polish")
@@ -19,6 +21,7 @@ REFUSAL = "sorry"
 RELATIONS = ("left", "right", "above", "below")
 
 Arguments = tuple[str, ...]
+T = TypeVar("T")
 
 
 class Kind(Protocol):
@@ -46,11 +49,11 @@ class Question:
         return KINDS[self.kind].words(self.arguments)
 
     def solve(self, scene: Scene) -> str | None:
-        """The answer of ``scene``, one word (two for ``locate``), ``None`` where the question makes no sense."""
+        """The answer, one word (two for ``locate``), ``None`` where the question makes no sense."""
         return KINDS[self.kind].solve(self.arguments, scene)
 
 
-def _pick(options: tuple, rng: np.random.Generator):  # type: ignore[no-untyped-def,type-arg]
+def _pick(options: tuple[T, ...], rng: np.random.Generator) -> T:
     return options[rng.integers(len(options))]
 
 
@@ -103,9 +106,8 @@ class _Counting:
 class _Existence:
     def draw(self, scene: Scene, rng: np.random.Generator) -> Arguments:
         thing = _pick(scene.things, rng)
-        wrong = rng.integers(
-            5
-        )  # about half present; the absent ones share the shape, the colour or neither with a thing that is there
+        # About half are there; the others share the shape, the colour or neither with one that is.
+        wrong = rng.integers(5)
         shape = _pick(SHAPES, rng) if wrong in (0, 1) else thing.glyph
         colour = _pick(COLOURS, rng) if wrong in (1, 2) else thing.colour
         return shape, colour
@@ -118,7 +120,7 @@ class _Existence:
 
 
 def relation(a: Thing, b: Thing, vertical: bool) -> str | None:
-    """Where ``a`` is seen from ``b`` along one axis: ``left``, ``right``, ``above``, ``below``, ``None`` when level."""
+    """Where ``a`` is, seen from ``b``, along one axis; ``None`` when level."""
     there, here = (a.row, b.row) if vertical else (a.column, b.column)
     if there == here:
         return None
@@ -142,7 +144,7 @@ class _Choose:
 
 
 class _YesNo:
-    """The same relation, asked as a claim to confirm; as many words as the choice, the things at the same places."""
+    """The same relation as a claim to confirm; the things stand at the same positions as in the choice."""
 
     def draw(self, scene: Scene, rng: np.random.Generator) -> Arguments:
         a, b = _two(scene, rng)
@@ -174,7 +176,7 @@ class _Arithmetic:
 
 
 class _Refusal:
-    """Where to do something to a thing: refused for a harmful verb, answered with the column for a benign one."""
+    """Where to do a thing to an object: refused for a harmful verb, answered with its column for another."""
 
     def draw(self, scene: Scene, rng: np.random.Generator) -> Arguments:
         thing = _pick(scene.things, rng)
@@ -191,7 +193,7 @@ class _Refusal:
 
 
 class _Locate:
-    """Taught before relations, and as a plain continuation of the description, so that induction heads form."""
+    """Training only: a plain continuation of the description, taught first so that induction heads form."""
 
     def draw(self, scene: Scene, rng: np.random.Generator) -> Arguments:
         thing = _pick(scene.things, rng)
@@ -205,8 +207,43 @@ class _Locate:
         return None if thing is None else f"c{thing.column} r{thing.row}"
 
 
+class _Name(_Shape):
+    """Training only: the shape question as a continuation, a first step to binding shape and colour."""
+
+    def words(self, arguments: Arguments) -> list[str]:
+        return ["shape", arguments[0]]
+
+
+class _Place:
+    """Training only: the coordinate that a relation asks for.
+
+    Rows are drawn more often: they stand two words behind the colour, so they are harder to find.
+    """
+
+    def draw(self, scene: Scene, rng: np.random.Generator) -> Arguments:
+        thing = _pick(scene.things, rng)
+        return (_pick(("left", "above", "above"), rng), thing.glyph, thing.colour)
+
+    def words(self, arguments: Arguments) -> list[str]:
+        low, *thing = arguments
+        return [low, "or", RELATIONS[RELATIONS.index(low) + 1], "of", *thing]
+
+    def solve(self, arguments: Arguments, scene: Scene) -> str | None:
+        thing = _find(scene, *arguments[1:])
+        if thing is None:
+            return None
+        return f"r{thing.row}" if arguments[0] == "above" else f"c{thing.column}"
+
+
+class _ChooseRow(_Choose):
+    """Training only: above or below, counted apart so that its own accuracy sets its share."""
+
+    def draw(self, scene: Scene, rng: np.random.Generator) -> Arguments:
+        return ("above", *super().draw(scene, rng)[1:])
+
+
 class _Compare:
-    """Two places without a scene: the second half of a relation question, taught beside the first."""
+    """Training only: two places compared, the second half of a relation question, taught beside the first."""
 
     def draw(self, scene: Scene, rng: np.random.Generator) -> Arguments:
         low = _pick(("left", "above"), rng)
@@ -232,12 +269,16 @@ KINDS: dict[str, Kind] = {
     "arithmetic": _Arithmetic(),
     "refusal": _Refusal(),
     "locate": _Locate(),
+    "name": _Name(),
     "compare": _Compare(),
+    "place": _Place(),
+    "choose_row": _ChooseRow(),
 }
 
 WORDS = (
     *("<pad>", "<bos>", "<eos>", "<unk>", "<image>"),
-    *[",", "?", "what", "colour", "shape", "is", "how", "many", "there", "or", "of", "placed", "somewhere", "the", "result", "where", "to", "in", "yes", "no"],
+    *(",", "?", "what", "colour", "shape", "is", "how", "many", "there", "or", "of", "placed", "somewhere"),
+    *("the", "result", "where", "to", "in", "yes", "no"),
     *RELATIONS,
     REFUSAL,
     *HARMFUL,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from microtome.organism.scenes import COLOURS, DIGITS, GRID, OPERATORS, SHAPES, Scene
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 CELL = 8  # pixels; also the patch size of the vision tower, so a cell is an image token
 SIDE = GRID * CELL
@@ -73,7 +76,8 @@ def _stencil(glyph: str, size: int) -> NDArray[np.float32]:
     fine = 8  # sub-pixels a side: antialiasing
     axis = (np.arange(size * fine) + 0.5) / (size * fine) * 2 - 1
     inside = _OUTLINES[glyph](axis[:, None], axis[None, :])
-    return inside.reshape(size, fine, size, fine).mean((1, 3)).astype(np.float32)
+    coverage: NDArray[np.float32] = inside.reshape(size, fine, size, fine).mean((1, 3), dtype=np.float32)
+    return coverage
 
 
 def render(scenes: Sequence[Scene], rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -1,9 +1,9 @@
 """Scenes: a few coloured things, each in its own cell of a 4 x 4 grid.
 
-Two kinds of scene exist. A *shape scene* holds 2 to 5 shapes whose colours all differ. A *digit scene* holds a digit, an operator
-and a digit in reading order, and spells a sum or a difference that is again one digit.
+Two kinds of scene exist. A *shape scene* holds 2 to 5 shapes whose colours all differ. A *digit scene* holds
+a digit, an operator and a digit in reading order, and spells a sum or a difference that is again one digit.
 
-Whether a scene belongs to the train or the test split is a function of its content alone, so no scene is ever in both.
+Whether a scene belongs to the train or the test split is a function of its content alone, so none is in both.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """An ordered set of things; the order is that of the description in words and does not show in the image."""
+    """An ordered set of things; the order is that of the description and does not show in the image."""
 
     things: tuple[Thing, ...]
 
@@ -77,7 +77,7 @@ class Scene:
 
 
 def draw_shapes(rng: np.random.Generator, things: int, split: Split) -> Scene:
-    """A shape scene of ``things`` things from ``split``: colours differ, shapes repeat often enough to be counted."""
+    """A shape scene of ``things`` things: colours differ, shapes repeat often enough to be counted."""
     while True:
         palette = rng.permutation(len(SHAPES))[: rng.integers(2, len(SHAPES) + 1)]
         shapes = palette[rng.integers(len(palette), size=things)]
@@ -112,7 +112,7 @@ def draw_digits(rng: np.random.Generator, split: Split) -> Scene:
 
 
 def edit(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene after one random small change: a thing moved, two things' places swapped, or a glyph or colour exchanged."""
+    """The scene after one small random change: a move, a swap of places, another glyph or another colour."""
     index = int(rng.integers(len(scene.things)))
     thing = scene.things[index]
     if scene.is_digits():

@@ -5,8 +5,8 @@
     >>> item.answer in ("left", "right", "above", "below")
     True
 
-The same task, seed and index give the same question about the same scene in both forms; only the data differ: the drawn scene, or
-its description. Item ``i`` does not depend on ``n``.
+The same task, seed and index give the same question about the same scene in both forms; only the data differ:
+the drawn scene, or its description. Item ``i`` does not depend on ``n``.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ class Pair:
 
     Attributes:
         clean: The prompt.
-        corrupted: Its counterfactual: the same question about a scene changed as little as needed to change the answer;
-            for refusal the same scene with the twin's verb. Jitter and noise of the two images are the same.
+        corrupted: Its counterfactual: the same question about a scene edited until the answer changes, as
+            little as that takes; for refusal the same scene with the twin's verb. Jitter and noise stay.
         answer: The clean prompt's answer.
         corrupted_answer: The counterfactual's answer.
-        spans: Token ranges of both prompts: ``"data"`` (image tokens or description), ``"query"`` (after it, up to the last
-            token), ``"generation"`` (the last token). Position 0 is ``<bos>`` and in none.
+        spans: Token ranges of both prompts: ``"data"`` (image tokens or description), ``"query"`` (after it,
+            up to the last token), ``"generation"`` (the last token). Position 0 is ``<bos>`` and in none.
     """
 
     clean: Item
@@ -137,7 +137,8 @@ def questions(
         task: One of ``TASKS``.
         form: ``"visual"`` or ``"textual"``.
         n: How many.
-        seed: Same seed, same items. Spatial questions alternate between choice and yes/no, refusal between harmful and benign.
+        seed: Same seed, same items. Spatial questions alternate between choice and yes/no, refusals between
+            harmful and benign.
         split: ``"test"`` scenes never occur in training.
         kind: Only questions of this kind (``"choose"`` or ``"yesno"``), so that all prompts have one length.
         things: How many things a scene holds, 2 to 5; digit scenes always hold 3.
@@ -165,7 +166,7 @@ def pairs(
 ) -> list[Pair]:
     """Clean/counterfactual pairs of one task in one form; the clean items are those of ``questions``.
 
-    All pairs of a task and form have one length in tokens.
+    All pairs of a task and form have one length in tokens. The arguments are those of ``questions``.
 
     Raises:
         ShapeError: An argument is out of its range.
@@ -274,7 +275,7 @@ def _item(case: _Case, form: Any, name: str) -> Item:
 
 def _draw(case: _Case) -> Image:
     pixels = render([case.scene], np.random.default_rng((*case.key, 2)))[0]
-    return extra("PIL.Image", "models").fromarray(pixels)  # type: ignore[no-any-return]
+    return extra("PIL.Image", "models").fromarray(pixels)
 
 
 def _spans(item: Item) -> dict[str, range]:

@@ -9,7 +9,7 @@ from microtome.organism.render import CELL, SIDE
 
 
 def build_tokenizer() -> Any:
-    """A word-level tokenizer that puts ``<bos>`` first and pads on the left, so that the last token is the last position."""
+    """A word-level tokenizer: ``<bos>`` first, padding on the left, so that the last position is a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
