@@ -212,7 +212,9 @@ def select(
     chosen: dict[str, HookPoint] = {}
     paths = [path for path in paths if path]
     for pattern in patterns:
-        found = [points[name] for name in fnmatch.filter(points, _canonical(pattern))]
+        names = fnmatch.filter(points, _canonical(pattern))
+        # Attention patterns cost a mode of the model and much room: a wildcard takes them only where it names them.
+        found = [points[name] for name in names if "pattern" in pattern or not name.endswith("hook_pattern")]
         found = found or [native(path) for path in fnmatch.filter(paths, pattern)]
         if not found:
             close = difflib.get_close_matches(pattern, [*points, *paths], 3, 0.5) or list(points)[:3]
