@@ -101,6 +101,29 @@ class Block:
 
 # --- encode.rs ------------------------------------------------------------------------------------------------------
 
+@final
+class Encoder:
+    def __new__(
+        cls,
+        w_enc: CoreInput,
+        b_enc: npt.NDArray[np.float32] | None,
+        b_dec: npt.NDArray[np.float32] | None,
+        norms: npt.NDArray[np.float32] | None,
+        threshold: npt.NDArray[np.float32] | None,
+        activation: str,
+        k: int,
+        certificate: str,
+    ) -> Encoder: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_sae(self) -> int: ...
+    @property
+    def path(self) -> tuple[str, str]: ...
+    def encode(
+        self, x: Any, progress: Callable[[int], object] | None
+    ) -> tuple[tuple[npt.NDArray[Any], ...], tuple[int, int, int]]: ...
+
 def decode(
     indptr: npt.NDArray[np.int64],
     indices: npt.NDArray[np.uint32],

@@ -4,6 +4,8 @@
 //! block is computed by one thread, and partial results are merged in block order. That is all it takes for results that
 //! are the same bit for bit on one thread and on sixty-four.
 
+pub mod encode;
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -166,6 +168,45 @@ pub fn reduce_ordered<I: Send + Sync, R: Send>(
         }
     }
     Ok(())
+}
+
+/// Rows per block so that blocks are at most `most` rows and every thread of the pool has one of them.
+///
+/// For work whose result does not depend on the blocks; folds use the fixed grid.
+pub fn spread(n: usize, most: usize) -> usize {
+    let waves = n.div_ceil(most * rayon::current_num_threads()).max(1);
+    n.div_ceil(waves * rayon::current_num_threads()).clamp(1, most)
+}
+
+/// Runs `work` on every block of rows in parallel, with the number of its first row; results in block order.
+pub fn map_blocks<T: Send>(
+    source: &dyn Source,
+    block_rows: usize,
+    context: &Context<'_>,
+    work: impl Fn(Rows<'_>, usize) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let blocks: Vec<_> = grid(source.n_rows(), block_rows).collect();
+    map_ordered(&blocks, context, |range| {
+        work(source.read(range.clone(), &mut Buffer::default())?, range.start)
+    })
+}
+
+/// As [`map_blocks`], for work that writes `width` numbers per row into each of two results.
+pub fn fill_blocks<A: Send, B: Send>(
+    source: &dyn Source,
+    block_rows: usize,
+    out: (&mut [A], &mut [B]),
+    width: usize,
+    context: &Context<'_>,
+    work: impl Fn(Rows<'_>, usize, &mut [A], &mut [B]) -> Result<()> + Sync,
+) -> Result<()> {
+    let n = source.n_rows();
+    let pieces = out.0.par_chunks_mut(block_rows * width).zip(out.1.par_chunks_mut(block_rows * width));
+    pieces.enumerate().try_for_each(|(i, (a, b))| {
+        context.check()?;
+        let range = i * block_rows..n.min((i + 1) * block_rows);
+        work(source.read(range.clone(), &mut Buffer::default())?, range.start, a, b)
+    })
 }
 
 /// Folds aligned sources: one partial result per block of the grid, merged in block order.

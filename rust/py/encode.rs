@@ -1,13 +1,133 @@
 //! `microtome.metrics.encode` and `.codes`: sparse codes out of activations, and back.
 
+use microtome_core::kernels::gemm::{Certificate, Screen};
 use microtome_core::metrics::decode::{CsrCodes, decode_rows};
+use microtome_core::metrics::encode::{Activation, Weights};
+use microtome_core::scan::encode::{Codes, encode, pack};
 use microtome_core::scan::{BLOCK_ROWS, fill_pieces};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
-use crate::arrays::{Matrix, vector};
+use crate::arrays::{Input, Matrix, vector};
 use crate::error::shape_error;
 use crate::run::{Task, run};
+
+/// Packed weights and what of the pre-activations fires.
+#[pyclass(frozen, module = "microtome._core")]
+struct Encoder {
+    inner: microtome_core::metrics::encode::Encoder,
+}
+
+#[pymethods]
+impl Encoder {
+    #[new]
+    #[pyo3(signature = (w_enc, b_enc, b_dec, norms, threshold, activation, k, certificate))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        w_enc: &Bound<'_, PyAny>,
+        b_enc: Option<PyReadonlyArrayDyn<'_, f32>>,
+        b_dec: Option<PyReadonlyArrayDyn<'_, f32>>,
+        norms: Option<PyReadonlyArrayDyn<'_, f32>>,
+        threshold: Option<PyReadonlyArrayDyn<'_, f32>>,
+        activation: &str,
+        k: usize,
+        certificate: &str,
+    ) -> PyResult<Self> {
+        let matrix = Matrix::extract(w_enc, "W_enc")?;
+        let w_enc = matrix.rows("W_enc")?;
+        let (d_in, d_sae) = (w_enc.n(), w_enc.d());
+        let activation = activation_named(activation, k)?;
+        let certificate = certificate_named(certificate)?;
+        let weights = Weights {
+            w_enc,
+            b_enc: vector(b_enc.as_ref(), d_sae, "b_enc")?,
+            b_dec: vector(b_dec.as_ref(), d_in, "b_dec")?,
+            norms: vector(norms.as_ref(), d_sae, "norms")?,
+            threshold: vector(threshold.as_ref(), d_sae, "threshold")?,
+        };
+        let inner = run(py, Task::named("pack"), |context| pack(weights, activation, certificate, context))?;
+        Ok(Self { inner })
+    }
+
+    #[getter]
+    fn d_in(&self) -> usize {
+        self.inner.d_in()
+    }
+
+    #[getter]
+    fn d_sae(&self) -> usize {
+        self.inner.d_sae()
+    }
+
+    /// Instruction path, and arithmetic of the screen.
+    #[getter]
+    fn path(&self) -> (&'static str, &'static str) {
+        let plan = self.inner.dictionary().plan();
+        let screen = match plan.screen() {
+            Screen::Bytes => "int8",
+            Screen::BrainFloats => "bfloat16",
+            Screen::Floats => "float32",
+        };
+        (plan.isa().path().name(), screen)
+    }
+
+    /// `(indices, values)` for Top-K, else `(indptr, indices, values)`; then `(rows, scored pairs, escaped rows)`.
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Bound<'py, PyAny>,
+        progress: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<(Bound<'py, PyTuple>, (u64, u64, u64))> {
+        let input = Input::extract(x, "x")?;
+        let source = input.source("x")?;
+        let task = Task { progress, ..Task::named("encode") };
+        let (codes, effort) = run(py, task, |context| encode(&self.inner, source.as_ref(), context))?;
+        let arrays = match codes {
+            Codes::Slots { indices, values } => {
+                let n = source.n_rows();
+                let k = indices.len().checked_div(n).unwrap_or_else(|| self.k());
+                let indices = PyArray1::from_vec(py, indices).reshape([n, k])?;
+                let values = PyArray1::from_vec(py, values).reshape([n, k])?;
+                PyTuple::new(py, [indices.into_any(), values.into_any()])?
+            }
+            Codes::Ragged { indptr, indices, values } => {
+                let indptr = PyArray1::from_vec(py, indptr).into_any();
+                let indices = PyArray1::from_vec(py, indices).into_any();
+                PyTuple::new(py, [indptr, indices, PyArray1::from_vec(py, values).into_any()])?
+            }
+        };
+        Ok((arrays, (effort.rows, effort.scored, effort.escaped)))
+    }
+}
+
+impl Encoder {
+    fn k(&self) -> usize {
+        match self.inner.activation() {
+            Activation::TopK(k) | Activation::BatchTopK(k) => k,
+            Activation::JumpRelu | Activation::Relu => 0,
+        }
+    }
+}
+
+fn activation_named(name: &str, k: usize) -> PyResult<Activation> {
+    match name {
+        "topk" => Ok(Activation::TopK(k)),
+        "batch_topk" => Ok(Activation::BatchTopK(k)),
+        "jump_relu" => Ok(Activation::JumpRelu),
+        "relu" => Ok(Activation::Relu),
+        other => Err(shape_error("activation", "topk, batch_topk, jump_relu or relu", other)),
+    }
+}
+
+fn certificate_named(name: &str) -> PyResult<Certificate> {
+    match name {
+        "deterministic" => Ok(Certificate::Deterministic),
+        "dithered" => Ok(Certificate::Dithered),
+        other => Err(shape_error("certificate", "deterministic or dithered", other)),
+    }
+}
 
 /// Reconstructs rows from codes in CSR form: float32 `(n, d_in)`.
 #[pyfunction]
@@ -43,5 +163,6 @@ fn decode<'py>(
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<Encoder>()?;
     m.add_function(wrap_pyfunction!(decode, m)?)
 }

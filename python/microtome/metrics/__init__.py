@@ -2,17 +2,20 @@
 
 from microtome.metrics.cka import cka_matrix, linear_cka
 from microtome.metrics.codes import RaggedCodes, SparseCodes
+from microtome.metrics.encode import EncodeReport, TopKEncoder, topk_encode
 from microtome.metrics.features import FeatureStats, feature_stats, l0, variance_gap
 from microtome.metrics.odds import OddsRatio, odds_ratio
 from microtome.metrics.reconstruction import fvu
 from microtome.metrics.samples import SampleFires, sample_fires, top_samples
 
 __all__ = [
+    "EncodeReport",
     "FeatureStats",
     "OddsRatio",
     "RaggedCodes",
     "SampleFires",
     "SparseCodes",
+    "TopKEncoder",
     "cka_matrix",
     "feature_stats",
     "fvu",
@@ -21,5 +24,6 @@ __all__ = [
     "odds_ratio",
     "sample_fires",
     "top_samples",
+    "topk_encode",
     "variance_gap",
 ]

@@ -3,6 +3,7 @@
 pub mod circuit;
 pub mod cka;
 pub mod decode;
+pub mod encode;
 pub mod firing;
 pub mod fvu;
 pub mod similarity;

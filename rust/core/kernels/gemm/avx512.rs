@@ -1,0 +1,116 @@
+//! The micro-kernel: 12 rows × 32 features of sums in 24 registers, written once, instantiated for bytes and for bf16.
+//!
+//! Every step reads 32 words of the panel (two registers) and broadcasts 12 words of the strip; a word holds four bytes
+//! or two bf16 along the input width. 24 dot-product instructions per 14 loads keep both vector pipes of a 512-bit core
+//! busy. The epilogue turns sums into upper bounds and hit masks (see [`super::tile`]) before anything is stored.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _CMP_NLT_UQ, _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
+    _mm512_storeu_ps,
+};
+
+use super::tile::{COLS, Columns, Lines, ROWS, Tile};
+
+/// Lanes of a register.
+const HALF: usize = COLS / 2;
+
+macro_rules! micro_kernel {
+    ($(#[$doc:meta])* $name:ident, $features:literal, |$sum:ident, $a:ident, $b:ident| $multiply_add:expr, |$done:ident, $offset:ident| $to_float:expr) => {
+        $(#[$doc])*
+        ///
+        /// `strip` holds [`ROWS`] words per step, `panel` [`COLS`]; both have the same number of steps.
+        ///
+        /// # Safety
+        /// The processor has the target features of this function.
+        #[target_feature(enable = $features)]
+        pub unsafe fn $name(strip: &[u32], panel: &[u32], lines: &Lines, columns: &Columns, tile: &mut Tile) {
+            let (a_steps, _) = strip.as_chunks::<ROWS>();
+            let (b_steps, _) = panel.as_chunks::<COLS>();
+            debug_assert_eq!(a_steps.len(), b_steps.len());
+            let mut sums = [[_mm512_setzero_si512(); 2]; ROWS];
+            for (a, b) in a_steps.iter().zip(b_steps) {
+                let halves = b.as_chunks::<HALF>().0;
+                let b = [load(&halves[0]), load(&halves[1])];
+                for r in 0..ROWS {
+                    let $a = _mm512_set1_epi32(a[r].cast_signed());
+                    for h in 0..2 {
+                        let ($sum, $b) = (sums[r][h], b[h]);
+                        sums[r][h] = $multiply_add;
+                    }
+                }
+            }
+            tile.hits = [0; ROWS];
+            for h in 0..2 {
+                let span = h * HALF;
+                let $offset = load(half(&columns.offset, span));
+                let scale = load_ps(half(&columns.scale, span));
+                let bias = load_ps(half(&columns.bias, span));
+                let norm = load_ps(half(&columns.norm, span));
+                let residual = load_ps(half(&columns.residual, span));
+                for r in 0..ROWS {
+                    let $done = sums[r][h];
+                    let sum: __m512 = $to_float;
+                    let slack = _mm512_fmadd_ps(_mm512_set1_ps(lines.norm[r]), residual, bias);
+                    let slack = _mm512_fmadd_ps(_mm512_set1_ps(lines.slack[r]), norm, slack);
+                    let upper = _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_set1_ps(lines.scale[r]), scale), slack);
+                    let mask = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(upper, _mm512_set1_ps(lines.threshold[r]));
+                    tile.hits[r] |= u32::from(mask) << span;
+                    store(half_mut(&mut tile.upper[r], span), upper);
+                }
+            }
+        }
+    };
+}
+
+micro_kernel!(
+    /// Bounds of a tile from unsigned bytes of rows and signed bytes of features (VPDPBUSD).
+    bytes, "avx512f,avx512bw,avx512vnni",
+    |sum, a, b| _mm512_dpbusd_epi32(sum, a, b),
+    |done, offset| _mm512_cvtepi32_ps(_mm512_add_epi32(done, offset))
+);
+
+micro_kernel!(
+    /// Bounds of a tile from bf16 pairs (VDPBF16PS).
+    brain_floats, "avx512f,avx512bw,avx512bf16",
+    |sum, a, b| _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), pairs(a), pairs(b))),
+    |done, _offset| _mm512_castsi512_ps(done)
+);
+
+fn half<T>(columns: &[T; COLS], start: usize) -> &[T; HALF] {
+    &columns.as_chunks::<HALF>().0[start / HALF]
+}
+
+fn half_mut<T>(columns: &mut [T; COLS], start: usize) -> &mut [T; HALF] {
+    &mut columns.as_chunks_mut::<HALF>().0[start / HALF]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load<T: bytemuck::Pod>(from: &[T; HALF]) -> __m512i {
+    const { assert!(size_of::<T>() == 4) }
+    // SAFETY: `from` is 64 readable bytes; the load has no alignment of its own.
+    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_ps(from: &[f32; HALF]) -> __m512 {
+    _mm512_castsi512_ps(load(from))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(to: &mut [f32; HALF], from: __m512) {
+    // SAFETY: `to` is 64 writable bytes; the store has no alignment of its own.
+    unsafe { _mm512_storeu_ps(to.as_mut_ptr(), from) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pairs(words: __m512i) -> __m512bh {
+    // SAFETY: both types are 512 plain bits.
+    unsafe { std::mem::transmute(words) }
+}

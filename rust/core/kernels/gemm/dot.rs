@@ -1,0 +1,141 @@
+//! Dot products: the exact one that decides every result, and the f32 ones that screen where nothing faster fits.
+
+use super::isa::per_isa;
+use super::tile::{COLS, ROWS};
+
+/// Partial sums of [`dot`]. Part of the definition of a score: changing it changes last bits.
+const LANES: usize = 32;
+
+#[inline(always)]
+fn dot_body<const FUSED: bool>(x: &[f32], w: &[f32]) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let (x_whole, x_rest) = x.as_chunks::<LANES>();
+    let (w_whole, w_rest) = w.as_chunks::<LANES>();
+    for (x, w) in x_whole.iter().zip(w_whole) {
+        for l in 0..LANES {
+            lanes[l] = fused::<FUSED>(f64::from(x[l]), f64::from(w[l]), lanes[l]);
+        }
+    }
+    for (l, (&x, &w)) in x_rest.iter().zip(w_rest).enumerate() {
+        lanes[l] = fused::<FUSED>(f64::from(x), f64::from(w), lanes[l]);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] += lanes[l + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// `a * b + c`. A product of two f32 is exact in f64, so both forms give the same bits there.
+#[inline(always)]
+fn fused<const FUSED: bool>(a: f64, b: f64, c: f64) -> f64 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
+}
+
+per_isa! {
+    /// `x · w` in f64, in one fixed order: lane `i mod 32` adds the exact products of its elements by rising `i`, then the
+    /// lanes are added pairwise, halves first. The same bits on every instruction set.
+    pub fn dot(x: &[f32], w: &[f32]) -> f64 = dot_body;
+}
+
+#[inline(always)]
+fn dots_of_body<const FUSED: bool>(w: &[f32], x: &[f32], rows: &[u32], products: &mut [f64]) {
+    for (&row, product) in rows.iter().zip(products) {
+        let start = row as usize * w.len();
+        *product = dot_body::<FUSED>(&x[start..start + w.len()], w);
+    }
+}
+
+per_isa! {
+    /// [`dot`] of `w` with the listed rows of `x`, which have its width.
+    pub fn dots_of(w: &[f32], x: &[f32], rows: &[u32], products: &mut [f64]) = dots_of_body;
+}
+
+/// Features and rows whose accumulators stay in registers.
+const BLOCK: usize = 4;
+/// Elements of a row that are added side by side.
+const SIDE: usize = 16;
+
+#[inline(always)]
+fn screen_body<const FUSED: bool>(x: &[f32], w: &[f32], d: usize, sums: &mut [[f32; COLS]; ROWS]) {
+    for (c, w) in w.chunks(BLOCK * d).enumerate() {
+        for (r, x) in x.chunks(BLOCK * d).enumerate() {
+            let x: [&[f32]; BLOCK] = std::array::from_fn(|i| row_or_first(x, i, d));
+            let w: [&[f32]; BLOCK] = std::array::from_fn(|j| row_or_first(w, j, d));
+            let block = dots::<FUSED>(x, w);
+            for i in 0..BLOCK {
+                sums[r * BLOCK + i][c * BLOCK..(c + 1) * BLOCK].copy_from_slice(&block[i]);
+            }
+        }
+    }
+}
+
+/// Row `i` of `rows`, or the first row where there are fewer: its sums land in padding that nobody reads.
+#[inline(always)]
+fn row_or_first(rows: &[f32], i: usize, d: usize) -> &[f32] {
+    let i = if (i + 1) * d <= rows.len() { i } else { 0 };
+    &rows[i * d..(i + 1) * d]
+}
+
+#[inline(always)]
+fn dots<const FUSED: bool>(x: [&[f32]; BLOCK], w: [&[f32]; BLOCK]) -> [[f32; BLOCK]; BLOCK] {
+    let mut sums = [[[0.0_f32; SIDE]; BLOCK]; BLOCK];
+    let xs = x.map(|row| row.as_chunks::<SIDE>());
+    let ws = w.map(|row| row.as_chunks::<SIDE>());
+    let steps = xs[0].0.len();
+    let (xc, wc) = (xs.map(|c| &c.0[..steps]), ws.map(|c| &c.0[..steps]));
+    for step in 0..steps {
+        let (x, w): ([[f32; SIDE]; BLOCK], [[f32; SIDE]; BLOCK]) = (xc.map(|c| c[step]), wc.map(|c| c[step]));
+        for i in 0..BLOCK {
+            for j in 0..BLOCK {
+                for l in 0..SIDE {
+                    let (a, b, s) = (x[i][l], w[j][l], sums[i][j][l]);
+                    sums[i][j][l] = if FUSED { a.mul_add(b, s) } else { a * b + s };
+                }
+            }
+        }
+    }
+    std::array::from_fn(|i| {
+        std::array::from_fn(|j| {
+            let rest: f32 = xs[i].1.iter().zip(ws[j].1).map(|(a, b)| a * b).sum();
+            sums[i][j].iter().sum::<f32>() + rest
+        })
+    })
+}
+
+per_isa! {
+    /// f32 sums of up to [`ROWS`] rows of `x` with up to [`COLS`] rows of `w`, both of width `d`, row-major.
+    pub(super) fn screen(x: &[f32], w: &[f32], d: usize, sums: &mut [[f32; COLS]; ROWS]) = screen_body;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::isa::Isa;
+    use super::*;
+
+    fn numbers(n: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    #[test]
+    fn dot_has_the_same_bits_on_every_instruction_set() {
+        for d in [1, 31, 32, 33, 257, 1024] {
+            let (x, w) = (numbers(d, 1), numbers(d, 2));
+            let plain = dot(Isa::PLAIN, &x, &w);
+            let naive: f64 = x.iter().zip(&w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            assert!((plain - naive).abs() < 1e-12 * d as f64);
+            for isa in Isa::available() {
+                assert_eq!(dot(isa, &x, &w).to_bits(), plain.to_bits(), "{} d={d}", isa.path().name());
+            }
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Run-time dispatch: which instructions this processor has, asked once per packed dictionary.
+
+use crate::error::{Error, Result};
+
+/// Instruction sets with a path of their own, from the plainest to the fastest.
+///
+/// The path decides which screen runs (see [`super`]) and with how many lanes, never the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Path {
+    /// What the compiler's baseline offers.
+    Plain,
+    /// 128-bit fused arithmetic of aarch64.
+    Neon,
+    /// 256-bit fused arithmetic.
+    Avx2,
+    /// 512-bit fused arithmetic.
+    Avx512,
+    /// 512-bit dot products of bf16 pairs.
+    Avx512Bf16,
+    /// 512-bit dot products of 8-bit quadruples.
+    Avx512Vnni,
+}
+
+impl Path {
+    /// All paths, plainest first.
+    pub const ALL: [Self; 6] =
+        [Self::Plain, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Avx512Vnni];
+
+    /// Name as [`VARIABLE`] takes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Neon => "neon",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
+            Self::Avx512Vnni => "avx512vnni",
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn supported(self) -> bool {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx512 = avx2
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        match self {
+            Self::Plain => true,
+            Self::Neon => false,
+            Self::Avx2 => avx2,
+            Self::Avx512 => avx512,
+            Self::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
+            Self::Avx512Vnni => avx512 && is_x86_feature_detected!("avx512vnni"),
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn supported(self) -> bool {
+        self == Self::Plain || (self == Self::Neon && cfg!(target_arch = "aarch64"))
+    }
+}
+
+/// A [`Path`] that this processor has: the proof that calling its code is safe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Isa(Path);
+
+/// Environment variable that forces a path, e.g. `MICROTOME_ISA=avx2`.
+pub const VARIABLE: &str = "MICROTOME_ISA";
+
+impl Isa {
+    /// The path that every processor has.
+    pub const PLAIN: Self = Self(Path::Plain);
+
+    /// The path, if this processor has it.
+    pub fn new(path: Path) -> Option<Self> {
+        path.supported().then_some(Self(path))
+    }
+
+    /// The paths of this processor, plainest first.
+    pub fn available() -> impl DoubleEndedIterator<Item = Self> {
+        Path::ALL.into_iter().filter_map(Self::new)
+    }
+
+    /// Which path this is.
+    pub const fn path(self) -> Path {
+        self.0
+    }
+
+    /// The fastest path of this processor, or the one that [`VARIABLE`] names.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the variable names an unknown path or one that this processor lacks.
+    pub fn choose() -> Result<Self> {
+        match std::env::var(VARIABLE) {
+            Err(_) => Ok(Self::available().next_back().unwrap_or(Self::PLAIN)),
+            Ok(name) => Self::available().find(|isa| isa.0.name() == name).ok_or_else(|| {
+                let names: Vec<_> = Self::available().map(|isa| isa.0.name()).collect();
+                Error::shape(VARIABLE, format!("one of {} on this processor", names.join(", ")), name)
+            }),
+        }
+    }
+}
+
+/// Compiles one safe, inlined body once per instruction set, and a function that picks by [`Isa`].
+///
+/// The body has the parameter `FUSED`: whether a multiplication and the addition after it are one instruction.
+macro_rules! per_isa {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident;) => {
+        $(#[$doc])*
+        $vis fn $name(isa: $crate::kernels::gemm::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? {
+                $body::<true>($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? {
+                $body::<true>($($arg),*)
+            }
+            use $crate::kernels::gemm::isa::Path;
+            match isa.path() {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: an `Isa` exists only for a path whose features the processor was asked for.
+                #[allow(unsafe_code)]
+                Path::Avx512 | Path::Avx512Bf16 | Path::Avx512Vnni => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                #[allow(unsafe_code)]
+                Path::Avx2 => unsafe { avx2($($arg),*) },
+                // NEON is part of the aarch64 baseline, fused multiply-add included.
+                Path::Neon => $body::<{ cfg!(target_arch = "aarch64") }>($($arg),*),
+                _ => $body::<false>($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use per_isa;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_is_always_there_and_names_are_distinct() {
+        assert_eq!(Isa::available().next(), Some(Isa::PLAIN));
+        let mut names = Path::ALL.map(Path::name).to_vec();
+        names.dedup();
+        assert_eq!(names.len(), Path::ALL.len());
+    }
+}

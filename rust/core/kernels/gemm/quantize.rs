@@ -1,0 +1,172 @@
+//! Rounding with a receipt: few bits per element, and a bound on what they leave out of every inner product.
+//!
+//! A row becomes `x = x_q + e_x`, a feature `w = w_q + e_w`, with `x_q`, `w_q` on a grid of 8-bit integers or bf16. Then
+//!
+//! ```text
+//! |x·w − x_q·w_q|  =  |e_x·w + x_q·e_w|  ≤  |e_x| |w| + |x_q| |e_w|          (Cauchy–Schwarz, with the norms measured)
+//! ```
+//!
+//! holds always: the deterministic certificate. With dithered rounding, `q = ⌊v/step + u⌋` with `u` uniform in `[0, 1)`,
+//! the errors are independent, of mean zero and each within an interval of one step, so by Hoeffding's inequality
+//!
+//! ```text
+//! P( |e_x·w| ≥ step · h · |w| ) ≤ 2 exp(−2h²),
+//! ```
+//!
+//! which does not grow with the width. [`FAILURE`] is the probability granted per inner product.
+
+use super::isa::per_isa;
+
+/// Probability that one dithered inner product leaves its bound.
+pub const FAILURE: f64 = 1e-18;
+
+/// Largest magnitude of a rounded byte.
+const TOP: f32 = 127.0;
+/// Below this no reciprocal of a step is formed.
+const TINY: f32 = 1e-30;
+/// Adding it rounds a float of magnitude below 2^22 to an integer, ties to even.
+const MAGIC: f32 = 12_582_912.0;
+
+/// `h` of the module documentation; two roundings share [`FAILURE`].
+pub fn hoeffding() -> f64 {
+    ((4.0 / FAILURE).ln() / 2.0).sqrt()
+}
+
+/// What rounding a vector has cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rounding {
+    /// The grid's step; 1 for bf16.
+    pub step: f32,
+    /// Norm of the part that was rounded away.
+    pub residual: f64,
+    /// Bound on the inner product of that part with a vector, per unit of the vector's norm.
+    pub share: f64,
+}
+
+impl Rounding {
+    /// No rounding at all.
+    pub const EXACT: Self = Self { step: 1.0, residual: 0.0, share: 0.0 };
+
+    #[inline(always)]
+    fn certain(step: f32, squares: [f32; 16]) -> Self {
+        // The factor covers the rounding of the squares and of their f32 sums.
+        let residual = squares.into_iter().map(f64::from).sum::<f64>().sqrt() * 1.001;
+        Self { step, residual, share: residual }
+    }
+}
+
+#[inline(always)]
+fn bytes_body<const FUSED: bool>(v: &[f32], dither: Option<u32>, to: &mut [u8]) -> Rounding {
+    let mut tops = [0.0_f32; 16];
+    let (whole, rest) = v.as_chunks::<16>();
+    for v in whole {
+        for l in 0..16 {
+            tops[l] = if v[l].abs() > tops[l] { v[l].abs() } else { tops[l] };
+        }
+    }
+    let top = tops.into_iter().chain(rest.iter().map(|v| v.abs())).fold(0.0, f32::max);
+    let (step, inverse) = if top < TINY { (0.0, 0.0) } else { (top / TOP, TOP / top) };
+    let mut squares = [0.0_f32; 16];
+    let mut round = |i: usize, l: usize, v: f32| {
+        let shift = dither.map_or(0.0, |seed| noise(i as u32, seed) - 0.5);
+        let q = (v * inverse + shift + MAGIC) - MAGIC;
+        let e = v - q * step;
+        squares[l] += e * e;
+        (q as i32) as u8
+    };
+    for (i, (v, to)) in whole.iter().zip(to.as_chunks_mut::<16>().0).enumerate() {
+        for l in 0..16 {
+            to[l] = round(i * 16 + l, l, v[l]);
+        }
+    }
+    let done = whole.len() * 16;
+    for (i, (v, to)) in rest.iter().zip(&mut to[done..]).enumerate() {
+        *to = round(done + i, 0, *v);
+    }
+    let certain = Rounding::certain(step, squares);
+    match dither {
+        Some(_) => Rounding { share: certain.residual.min(f64::from(step) * hoeffding()), ..certain },
+        None => certain,
+    }
+}
+
+/// A number in `[0, 1)` for element `i`, from a fixed sequence per seed.
+#[inline(always)]
+fn noise(i: u32, seed: u32) -> f32 {
+    let mut z = i.wrapping_mul(0x9e37_79b9) ^ seed;
+    z = (z ^ (z >> 16)).wrapping_mul(0x85eb_ca6b);
+    z = (z ^ (z >> 13)).wrapping_mul(0xc2b2_ae35);
+    ((z ^ (z >> 16)) >> 8) as f32 / 16_777_216.0
+}
+
+per_isa! {
+    /// Rounds `v` to signed bytes in two's complement, on a grid that spans its largest element; dithered by a seed.
+    pub fn bytes(v: &[f32], dither: Option<u32>, to: &mut [u8]) -> Rounding = bytes_body;
+}
+
+#[inline(always)]
+fn brain_floats_body<const FUSED: bool>(v: &[f32], to: &mut [u16]) -> Rounding {
+    let mut squares = [0.0_f32; 16];
+    for (v, to) in v.chunks(16).zip(to.chunks_mut(16)) {
+        for (l, (v, to)) in v.iter().zip(to).enumerate() {
+            let bits = v.to_bits();
+            let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+            // The dot product instruction takes subnormal numbers for zero.
+            let rounded = if rounded & 0x7f80 == 0 { 0 } else { rounded };
+            *to = rounded as u16;
+            let e = v - f32::from_bits(rounded << 16);
+            squares[l] += e * e;
+        }
+    }
+    Rounding::certain(1.0, squares)
+}
+
+per_isa! {
+    /// Rounds `v` to bf16, to nearest even. Magnitudes stay below 3e38.
+    pub fn brain_floats(v: &[f32], to: &mut [u16]) -> Rounding = brain_floats_body;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Isa;
+    use super::*;
+
+    #[test]
+    fn bytes_and_step_give_the_vector_back_within_the_residual() {
+        let v: Vec<f32> = (0..100).map(|i| ((i * 31) % 47) as f32 - 20.0).collect();
+        for dither in [None, Some(7)] {
+            let mut q = vec![0; v.len()];
+            let r = bytes(Isa::PLAIN, &v, dither, &mut q);
+            let error: f64 = v
+                .iter()
+                .zip(&q)
+                .map(|(v, q)| f64::from(v - f32::from(q.cast_signed()) * r.step).powi(2))
+                .sum();
+            assert!(error.sqrt() <= r.residual && r.residual < f64::from(r.step) * 10.0);
+        }
+    }
+
+    #[test]
+    fn dithered_bytes_are_unbiased() {
+        let v = [1.0_f32, 0.3, -0.7111];
+        let mut sums = [0.0_f64; 3];
+        for seed in 0..20_000 {
+            let mut q = [0; 3];
+            let r = bytes(Isa::PLAIN, &v, Some(seed), &mut q);
+            for (sum, q) in sums.iter_mut().zip(q) {
+                *sum += f64::from(q.cast_signed()) * f64::from(r.step) / 20_000.0;
+            }
+        }
+        for (sum, v) in sums.iter().zip(v) {
+            assert!((sum - f64::from(v)).abs() < 2e-4, "{sum} {v}");
+        }
+    }
+
+    #[test]
+    fn brain_floats_that_are_brain_floats_lose_nothing() {
+        let v: Vec<f32> = (0..40).map(|i| i as f32 - 17.0).collect();
+        let mut q = vec![0; 40];
+        assert_eq!(brain_floats(Isa::PLAIN, &v, &mut q).residual.to_bits(), 0);
+        assert!(v.iter().zip(&q).all(|(v, q)| f32::from_bits(u32::from(*q) << 16).to_bits() == v.to_bits()));
+    }
+}

@@ -1,0 +1,445 @@
+//! Exact selection behind a screen: bounds in, the members and their f64 scores out.
+//!
+//! For a block of rows, over growing ranges of features:
+//!
+//! 1. screen the range: keep candidates whose upper bound reaches the row's threshold;
+//! 2. score the `k` most promising ones in f64, and raise the threshold to the row's k-th best score;
+//! 3. drop the candidates whose bound no longer reaches it.
+//!
+//! After the last range the candidates that are left are scored as well. Scoring goes feature by feature, so that each
+//! feature is read once per block. A row that fills its space although its threshold was raised has defeated the screen;
+//! it is screened again in f32, and in the last resort scored against every feature.
+
+use std::ops::Range;
+
+use super::dot::{dot, dots_of};
+use super::pack::{Panel, Plan, Strips, down};
+use super::tile::{COLS, ROWS, Tile};
+pub use crate::kernels::topk::Scored;
+use crate::kernels::topk::{Candidate, keep_best, promising_first};
+
+/// Bytes of panels that stay in the second-level cache while the strips pass.
+const GROUP_BYTES: usize = 256 << 10;
+/// Features of the first range; each further one ends four times as far.
+const FIRST_RANGE: usize = 1024;
+/// Space of a row, in candidates per member wanted.
+const SPACE_PER_MEMBER: usize = 16;
+/// Smallest space of a row.
+const SMALLEST_SPACE: usize = 2048;
+/// Sums of products below the range of f32 lose at most this, per unit of the largest feature weight.
+const UNDERFLOW: f64 = 1e-32;
+
+/// A packed dictionary: features in panels, ready to be searched.
+#[derive(Debug)]
+pub struct Dictionary {
+    plan: Plan,
+    panels: Vec<Panel>,
+    n_features: usize,
+    largest_norm: f64,
+    underflow: f64,
+}
+
+/// Which features of a row are wanted.
+#[derive(Clone, Copy, Debug)]
+pub enum Wanted {
+    /// The `k` of highest rank, ties to the lower feature; with `positive`, only activations above zero.
+    Best {
+        /// How many.
+        k: usize,
+        /// Whether activations must be positive.
+        positive: bool,
+    },
+    /// All whose activation is positive and exceeds the feature's own threshold.
+    Above,
+    /// All whose activation is positive and whose rank is at least this.
+    AtLeast(f64),
+}
+
+/// Counts of what a selection did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Effort {
+    /// Rows seen.
+    pub rows: u64,
+    /// Pairs of row and feature scored in f64.
+    pub scored: u64,
+    /// Rows that took the f32 screen after another one had failed.
+    pub escaped: u64,
+}
+
+impl Effort {
+    /// Adds what another selection did.
+    pub fn add(&mut self, other: Self) {
+        self.rows += other.rows;
+        self.scored += other.scored;
+        self.escaped += other.escaped;
+    }
+}
+
+/// Reusable memory of a selection, and its result.
+#[derive(Debug, Default)]
+pub struct Space {
+    found: Vec<Vec<Scored>>,
+    bench: Bench,
+    /// What the selections through this space did.
+    pub effort: Effort,
+}
+
+impl Space {
+    /// Members of row `i` of the last block: for [`Wanted::Best`] best first, else in no particular order.
+    pub fn found(&self, i: usize) -> &[Scored] {
+        &self.found[i]
+    }
+}
+
+/// Memory of one pass.
+#[derive(Debug, Default)]
+struct Bench {
+    strips: Strips,
+    /// `room` entries per row.
+    candidates: Vec<Candidate>,
+    counts: Vec<usize>,
+    escaped: Vec<bool>,
+    pairs: Pairs,
+}
+
+/// Pairs to be scored, and their order by feature.
+#[derive(Debug, Default)]
+struct Pairs {
+    listed: Vec<(u32, u32)>,
+    starts: Vec<u32>,
+    rows: Vec<u32>,
+    products: Vec<f64>,
+}
+
+/// One screen over all features for one block of rows.
+struct Pass<'a> {
+    dictionary: &'a Dictionary,
+    x: &'a [f32],
+    wanted: Wanted,
+    floats: bool,
+    room: usize,
+    bench: &'a mut Bench,
+    found: &'a mut [Vec<Scored>],
+    scored: u64,
+}
+
+impl Dictionary {
+    /// The dictionary of `panels`, which `plan` has packed; all but the last are full.
+    pub fn new(plan: Plan, panels: Vec<Panel>) -> Self {
+        let n_features = panels.iter().map(|p| p.rows.len() / plan.d()).sum();
+        let largest_norm = panels.iter().map(|p| p.largest_norm).fold(0.0, f64::max);
+        let weight = panels.iter().flat_map(|p| p.weight).fold(1.0, f64::max);
+        Self { plan, panels, n_features, largest_norm, underflow: UNDERFLOW * weight }
+    }
+
+    /// How features and rows are rounded.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Number of features.
+    pub fn n_features(&self) -> usize {
+        self.n_features
+    }
+
+    /// Feature `j` as it was given.
+    pub fn feature(&self, j: usize) -> &[f32] {
+        let d = self.plan.d();
+        &self.panels[j / COLS].rows[j % COLS * d..(j % COLS + 1) * d]
+    }
+
+    /// Finds what is `wanted` of each row of `x` (row-major f32 of width [`Plan::d`], finite); see [`Space::found`].
+    pub fn select(&self, x: &[f32], wanted: Wanted, space: &mut Space) {
+        let d = self.plan.d();
+        let Space { found, bench, effort } = space;
+        reset(found, x.len() / d);
+        let (again, scored) = self.pass(x, wanted, false, bench, found);
+        effort.rows += (x.len() / d) as u64;
+        effort.scored += scored;
+        effort.escaped += again.len() as u64;
+        if again.is_empty() {
+            return;
+        }
+        let rows: Vec<f32> = again.iter().flat_map(|&i| &x[i * d..(i + 1) * d]).copied().collect();
+        let mut results = Vec::new();
+        reset(&mut results, again.len());
+        let (last, scored) = self.pass(&rows, wanted, true, bench, &mut results);
+        effort.scored += scored + (last.len() * self.n_features) as u64;
+        for i in last {
+            self.score_all(&rows[i * d..(i + 1) * d], wanted, &mut results[i]);
+        }
+        for (i, result) in again.into_iter().zip(results) {
+            found[i] = result;
+        }
+    }
+
+    /// One screen; returns the rows that defeated it and the number of pairs scored.
+    fn pass(
+        &self,
+        x: &[f32],
+        wanted: Wanted,
+        floats: bool,
+        bench: &mut Bench,
+        found: &mut [Vec<Scored>],
+    ) -> (Vec<usize>, u64) {
+        let n = x.len() / self.plan.d();
+        let wished = if let Wanted::Best { k, .. } = wanted { k * SPACE_PER_MEMBER } else { 0 };
+        let room = wished.max(SMALLEST_SPACE).min(self.n_features) + COLS;
+        bench.counts.clear();
+        bench.counts.resize(n, 0);
+        bench.escaped.clear();
+        bench.escaped.resize(n, false);
+        bench.candidates.resize(bench.candidates.len().max(n * room), Candidate::default());
+        for i in self.plan.strips(x, self.largest_norm, floats, &mut bench.strips) {
+            bench.escaped[i] = true;
+        }
+        let mut pass = Pass { dictionary: self, x, wanted, floats, room, bench, found, scored: 0 };
+        pass.run();
+        let scored = pass.scored;
+        ((0..n).filter(|&i| bench.escaped[i]).collect(), scored)
+    }
+
+    /// Scores every feature for one row.
+    fn score_all(&self, x: &[f32], wanted: Wanted, found: &mut Vec<Scored>) {
+        found.clear();
+        for j in 0..self.n_features {
+            found.extend(self.admit(j, dot(self.plan.isa(), x, self.feature(j)), wanted));
+            if let Wanted::Best { k, .. } = wanted
+                && found.len() >= 2 * k + COLS
+            {
+                keep_best(found, k);
+            }
+        }
+        finish(found, wanted);
+    }
+
+    /// The score of feature `j` given its inner product, where it is wanted at all.
+    fn admit(&self, j: usize, product: f64, wanted: Wanted) -> Option<Scored> {
+        let (panel, c) = (&self.panels[j / COLS], j % COLS);
+        let activation = product + panel.bias[c];
+        let rank = activation * panel.weight[c];
+        let fires = activation as f32 > 0.0;
+        let wanted = match wanted {
+            Wanted::Best { positive, .. } => fires || !positive,
+            Wanted::Above => fires && activation > panel.threshold[c],
+            Wanted::AtLeast(least) => fires && rank >= least,
+        };
+        wanted.then_some(Scored { rank, activation, feature: j as u32 })
+    }
+
+    /// What an upper bound must reach so that the real score may be `score`.
+    fn bar(&self, score: f64) -> f32 {
+        down(score - self.underflow)
+    }
+
+    /// The bar of a row of which nothing is known yet; for a row of zeros the bounds are the biases, exactly.
+    fn lowest_bar(&self, wanted: Wanted, zeros: bool) -> f32 {
+        match wanted {
+            Wanted::Best { positive: false, .. } => f32::MIN,
+            Wanted::AtLeast(least) => self.bar(least),
+            _ if zeros => f32::from_bits(1),
+            _ => self.bar(0.0),
+        }
+    }
+}
+
+impl Pass<'_> {
+    fn run(&mut self) {
+        for r in 0..self.found.len() {
+            let line = &self.bench.strips.lines[r / ROWS];
+            let zeros = line.norm[r % ROWS] == 0.0;
+            self.set_bar(r, self.dictionary.lowest_bar(self.wanted, zeros));
+        }
+        for range in self.ranges() {
+            self.sweep(range);
+            if let Wanted::Best { k, .. } = self.wanted {
+                self.list_promising(k);
+                self.score_listed();
+                (0..self.found.len()).for_each(|r| self.raise_bar(r, k));
+            }
+        }
+        for r in 0..self.found.len() {
+            self.list(r, self.bench.counts[r]);
+        }
+        self.score_listed();
+        self.found.iter_mut().for_each(|found| finish(found, self.wanted));
+    }
+
+    /// Ranges of panels between which thresholds are raised.
+    fn ranges(&self) -> Vec<Range<usize>> {
+        let n = self.dictionary.panels.len();
+        let Wanted::Best { k, .. } = self.wanted else { return std::iter::once(0..n).collect() };
+        let mut ends = vec![0];
+        let mut end = FIRST_RANGE.max(4 * k) / COLS;
+        while end < n {
+            ends.push(end);
+            end *= 4;
+        }
+        ends.push(n);
+        ends.windows(2).map(|w| w[0]..w[1]).collect()
+    }
+
+    fn sweep(&mut self, range: Range<usize>) {
+        let plan = &self.dictionary.plan;
+        let group = (GROUP_BYTES / plan.panel_bytes(self.floats).max(1)).max(1);
+        let mut tile = Tile::default();
+        for start in range.clone().step_by(group) {
+            for s in 0..self.bench.strips.lines.len() {
+                for p in start..range.end.min(start + group) {
+                    let panel = &self.dictionary.panels[p];
+                    plan.tile(self.x, &self.bench.strips, s, panel, self.floats, &mut tile);
+                    self.harvest(s, p, &tile);
+                }
+            }
+        }
+    }
+
+    /// Takes the hits of a tile into the rows' candidates.
+    fn harvest(&mut self, s: usize, p: usize, tile: &Tile) {
+        let valid = u32::MAX >> (COLS - self.dictionary.panels[p].rows.len() / self.dictionary.plan.d());
+        for (r, (upper, hits)) in tile.upper.iter().zip(tile.hits).enumerate() {
+            let (row, mut hits) = (s * ROWS + r, hits & valid);
+            if hits == 0 || row >= self.found.len() || self.bench.escaped[row] {
+                continue;
+            }
+            let (start, mut count) = (row * self.room, self.bench.counts[row]);
+            while hits != 0 {
+                let c = hits.trailing_zeros() as usize;
+                hits &= hits - 1;
+                let feature = (p * COLS + c) as u32;
+                self.bench.candidates[start + count] = Candidate { upper: upper[c], feature };
+                count += 1;
+            }
+            self.bench.counts[row] = count;
+            if count + COLS > self.room && p + 1 < self.dictionary.panels.len() {
+                self.relieve(row);
+            }
+        }
+    }
+
+    /// Makes room in a full row: scores candidates at once, or gives the row up.
+    fn relieve(&mut self, row: usize) {
+        let Wanted::Best { k, .. } = self.wanted else {
+            return self.score_now(row, self.bench.counts[row]);
+        };
+        self.put_promising_first(row, k);
+        self.score_now(row, k.min(self.bench.counts[row]));
+        self.raise_bar(row, k);
+        if self.bench.counts[row] > self.room - self.room / 4 {
+            self.bench.escaped[row] = true;
+            self.bench.counts[row] = 0;
+            self.set_bar(row, f32::INFINITY);
+        }
+    }
+
+    fn put_promising_first(&mut self, row: usize, k: usize) {
+        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
+        promising_first(candidates, k);
+    }
+
+    fn list_promising(&mut self, k: usize) {
+        for row in 0..self.found.len() {
+            self.put_promising_first(row, k);
+            self.list(row, k.min(self.bench.counts[row]));
+        }
+    }
+
+    /// Moves the first `m` candidates of a row to the pairs to be scored.
+    fn list(&mut self, row: usize, m: usize) {
+        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
+        self.bench.pairs.listed.extend(candidates[..m].iter().map(|c| (c.feature, row as u32)));
+        candidates.copy_within(m.., 0);
+        self.bench.counts[row] -= m;
+    }
+
+    /// Scores the first `m` candidates of one row, and removes them.
+    fn score_now(&mut self, row: usize, m: usize) {
+        let d = self.dictionary.plan.d();
+        let x = &self.x[row * d..(row + 1) * d];
+        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
+        for candidate in &candidates[..m] {
+            let j = candidate.feature as usize;
+            let product = dot(self.dictionary.plan.isa(), x, self.dictionary.feature(j));
+            self.found[row].extend(self.dictionary.admit(j, product, self.wanted));
+        }
+        candidates.copy_within(m.., 0);
+        self.bench.counts[row] -= m;
+        self.scored += m as u64;
+    }
+
+    /// Scores the listed pairs, feature by feature.
+    fn score_listed(&mut self) {
+        let (dictionary, pairs) = (self.dictionary, &mut self.bench.pairs);
+        pairs.sort_by_feature(dictionary.n_features);
+        for j in 0..dictionary.n_features {
+            let span = pairs.starts[j] as usize..pairs.starts[j + 1] as usize;
+            let rows = &pairs.rows[span];
+            if rows.is_empty() {
+                continue;
+            }
+            pairs.products.resize(rows.len(), 0.0);
+            dots_of(dictionary.plan.isa(), dictionary.feature(j), self.x, rows, &mut pairs.products);
+            for (&row, &product) in rows.iter().zip(&pairs.products) {
+                self.found[row as usize].extend(dictionary.admit(j, product, self.wanted));
+            }
+        }
+        self.scored += pairs.listed.len() as u64;
+        pairs.listed.clear();
+    }
+
+    /// Keeps the k best scores of a row, and drops the candidates that can no longer be among them.
+    fn raise_bar(&mut self, row: usize, k: usize) {
+        let found = &mut self.found[row];
+        keep_best(found, k);
+        if found.len() < k || self.bench.escaped[row] {
+            return;
+        }
+        let bar = self.dictionary.bar(found[k - 1].rank);
+        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
+        let mut kept = 0;
+        for i in 0..candidates.len() {
+            candidates[kept] = candidates[i];
+            // Not less, rather than greater or equal: a bound that is not a number keeps its candidate.
+            kept += usize::from(!(candidates[i].upper < bar));
+        }
+        self.bench.counts[row] = kept;
+        let current = self.bench.strips.lines[row / ROWS].threshold[row % ROWS];
+        self.set_bar(row, bar.max(current));
+    }
+
+    fn set_bar(&mut self, row: usize, bar: f32) {
+        self.bench.strips.lines[row / ROWS].threshold[row % ROWS] = bar;
+    }
+}
+
+impl Pairs {
+    /// Counting sort: `rows[starts[j]..starts[j + 1]]` are the rows listed with feature `j`, in the order of listing.
+    fn sort_by_feature(&mut self, n_features: usize) {
+        self.starts.clear();
+        self.starts.resize(n_features + 2, 0);
+        for &(feature, _) in &self.listed {
+            self.starts[feature as usize + 2] += 1;
+        }
+        for j in 2..self.starts.len() {
+            self.starts[j] += self.starts[j - 1];
+        }
+        self.rows.resize(self.listed.len(), 0);
+        for &(feature, row) in &self.listed {
+            let place = &mut self.starts[feature as usize + 1];
+            self.rows[*place as usize] = row;
+            *place += 1;
+        }
+    }
+}
+
+fn reset(found: &mut Vec<Vec<Scored>>, n: usize) {
+    found.resize_with(n, Vec::new);
+    found.iter_mut().for_each(Vec::clear);
+}
+
+fn finish(found: &mut Vec<Scored>, wanted: Wanted) {
+    if let Wanted::Best { k, .. } = wanted {
+        keep_best(found, k);
+        found.sort_unstable_by(Scored::order);
+    }
+}
