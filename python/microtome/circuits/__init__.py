@@ -8,13 +8,23 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from microtome.circuits.chance import expected_iou
 from microtome.circuits.circuit import Circuit, CircuitShape
+from microtome.circuits.overlap import circuit_iou, circuit_niou, compare_circuits
+from microtome.circuits.positions import PositionMap
 from microtome.circuits.scores import MIB_SIZES, SIZES, NodeScores
 from microtome.circuits.statistics import Interval, bootstrap, mcnemar
 from microtome.tensors import extra
 
 if find_spec("torch") is not None:
     from microtome.circuits.attribution import attribute
+    from microtome.circuits.audit import (
+        completeness,
+        exact_agreement,
+        patching_map,
+        rank_correlation,
+        split_half,
+    )
     from microtome.circuits.faithfulness import (
         Curve,
         Faithfulness,
@@ -22,6 +32,7 @@ if find_spec("torch") is not None:
         faithfulness_curve,
         faithfulness_of,
     )
+    from microtome.circuits.interchange import Interchange, interchange
     from microtome.circuits.pairs import GROUPS, PairSet, PreparedPair, prepare
     from microtome.circuits.plan import Cost, estimate
 
@@ -34,18 +45,30 @@ __all__ = [
     "Cost",
     "Curve",
     "Faithfulness",
+    "Interchange",
     "Interval",
     "NodeScores",
     "PairSet",
+    "PositionMap",
     "PreparedPair",
     "attribute",
     "bootstrap",
+    "circuit_iou",
+    "circuit_niou",
+    "compare_circuits",
+    "completeness",
     "estimate",
+    "exact_agreement",
+    "expected_iou",
     "faithfulness",
     "faithfulness_curve",
     "faithfulness_of",
+    "interchange",
     "mcnemar",
+    "patching_map",
     "prepare",
+    "rank_correlation",
+    "split_half",
 ]
 
 

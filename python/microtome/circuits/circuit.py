@@ -203,6 +203,23 @@ class Circuit:
         masks = (self.mask(kind) & keep[None, :, None] for kind in ("heads", "neurons"))
         return Circuit.of_masks(*masks, self.groups)
 
+    def shuffled(self, seed: int) -> Circuit:
+        """A random circuit with as many heads and neurons in every group, at any layer, position and index there."""
+        rng = np.random.default_rng(seed)
+        groups = list(self.groups.values()) or [tuple(range(self.shape.n_slots))]
+        inside = {p for where in groups for p in where}
+        groups.append(tuple(p for p in range(self.shape.n_slots) if p not in inside))
+        masks = []
+        for kind in ("heads", "neurons"):
+            mask = self.mask(kind)
+            for where in groups:
+                part = mask[:, list(where)]
+                drawn = np.zeros(part.size, bool)
+                drawn[rng.choice(part.size, int(part.sum()), replace=False)] = True
+                mask[:, list(where)] = drawn.reshape(part.shape)
+            masks.append(mask)
+        return Circuit.of_masks(*masks, self.groups)
+
     def without_positions(self, group: str | None = None) -> Circuit:
         """Position labels dropped: a node is in when it is at any position (of ``group``). Position axis of length 1."""
         where = list(self.positions(group)) if group else list(range(self.shape.n_slots))

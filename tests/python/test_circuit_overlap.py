@@ -1,0 +1,270 @@
+"""Overlap: hand-computed IoU, the exact chance level, positions between forms, interchange, saved circuits."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import microtome as mt
+from circuit_cases import assert_same_state, pairs_of, state, tiny
+from microtome.circuits import Circuit, CircuitShape, NodeScores, PositionMap, compare_circuits, interchange
+from microtome.circuits.audit import completeness, exact_agreement, patching_map, rank_correlation, split_half
+from microtome.circuits.bits import pack, popcount, top_n_bits, unpack
+from microtome.circuits.interchange import interchange_table, random_subcircuit, swapped_circuit
+from microtome.circuits.overlap import normalised_iou
+from microtome.errors import ShapeError
+
+GROUPS = {"prefix": (0,), "data": (1, 2), "query": (3,), "generation": (4,)}
+
+
+def of(heads, neurons, groups=GROUPS, slots=5):
+    """Two layers, three heads, four neurons."""
+    shape = CircuitShape(2, slots, 3, 4)
+    masks = [np.zeros(shape.of(kind), bool) for kind in ("heads", "neurons")]
+    for mask, nodes in zip(masks, (heads, neurons), strict=True):
+        for node in nodes:
+            mask[node] = True
+    return Circuit.of_masks(*masks, groups)
+
+
+def test_iou_averages_heads_and_neurons():
+    a = of([(0, 1, 0), (1, 4, 2)], [(0, 3, 1)])
+    b = of([(0, 1, 0)], [(0, 3, 1), (0, 3, 2), (1, 0, 0)])
+    assert mt.circuit_iou(a, b, kind="heads") == 1 / 2
+    assert mt.circuit_iou(a, b, kind="neurons") == 1 / 3
+    assert mt.circuit_iou(a, b) == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert mt.circuit_iou(a, b, group="generation", kind="heads") == 0
+    assert mt.circuit_iou(a, b, group="query") == 1 / 2, "no heads in either: neurons alone"
+
+
+def test_data_positions_are_dropped_before_they_are_compared():
+    a, b = of([(0, 1, 0), (1, 1, 2)], []), of([(0, 2, 0)], [])
+    assert mt.circuit_iou(a, b, group="data") == 1 / 2
+    assert mt.circuit_iou(a, b, group="data", position_free=False) == 0
+    assert mt.circuit_iou(a, b) == 0
+
+
+def test_two_empty_circuits_overlap_fully():
+    """IoU(empty, empty) = 1 by definition, and chance is 1 there, so nIoU is undefined."""
+    nothing = of([], [])
+    assert mt.circuit_iou(nothing, nothing) == 1
+    assert np.isnan(mt.circuit_niou(nothing, nothing))
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
+def test_chance_level_is_the_mean_over_all_sets(n, a, b, _):
+    from itertools import combinations
+
+    a, b = min(a, n), min(b, n)
+    first = set(range(a))
+    ious = [
+        len(first & set(c)) / len(first | set(c)) if first | set(c) else 1.0
+        for c in combinations(range(n), b)
+    ]
+    assert mt.expected_iou(n, a, b) == pytest.approx(np.mean(ious), abs=1e-12)
+
+
+def test_chance_level_of_large_circuits_approaches_the_ratio_of_rates():
+    n, alpha, beta = 100_000_000, 0.07, 0.15
+    expected = alpha * beta / (alpha + beta - alpha * beta)
+    assert mt.expected_iou(n, int(alpha * n), int(beta * n)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_niou_is_the_excess_over_chance_not_the_notebooks_formula():
+    """Trap 2: (a - b) / (1 - b), where the notebook computes a - 2 b clamped at 0.01."""
+    assert normalised_iou(0.5, 0.2) == pytest.approx(0.375)
+    assert normalised_iou(0.5, 0.2, "notebook") == pytest.approx(0.1)
+    assert normalised_iou(0.3, 0.2, "notebook") == 0.01
+    a, b = of([(0, 1, 0)], [(0, 0, 0)]), of([(1, 1, 0)], [(0, 0, 1)])
+    assert mt.circuit_niou(a, b) < 0
+    assert mt.circuit_niou(a, a) == 1
+
+
+def test_drawn_chance_agrees_with_the_exact_one():
+    rng = np.random.default_rng(0)
+    masks = [(rng.random((4, 6, 8)) < 0.2, rng.random((4, 6, 40)) < 0.2) for _ in range(2)]
+    a, b = (Circuit.of_masks(*m, {"query": tuple(range(6))}) for m in masks)
+    drawn, exact = (mt.circuit_niou(a, b, chance=c, n_draws=200) for c in ("draws", "exact"))
+    assert abs(drawn - exact) < 0.02
+    assert abs(exact) < 0.06
+
+
+def test_forms_of_unequal_length_compare_through_the_position_map():
+    text = {"prefix": (0,), "data": (1, 2, 3), "query": (4, 5), "generation": (6,)}
+    a = of([(0, 4, 1), (0, 5, 1), (1, 6, 0)], [], text, slots=7)
+    b = of([(0, 3, 1), (1, 4, 0)], [])
+    assert mt.circuit_iou(a, b, group="generation") == 1
+    assert mt.circuit_iou(a, b, group="query") == 1, "both query words of the text go to the one of the image"
+    back = PositionMap.between(text, GROUPS).apply(a)
+    assert set(back) == {("head", 0, 3, 1), ("head", 1, 4, 0)}
+    with pytest.raises(ShapeError, match="without groups"):
+        mt.circuit_iou(Circuit.empty(CircuitShape(1, 2, 3, 4)), Circuit.empty(CircuitShape(1, 3, 3, 4)))
+    with pytest.raises(ShapeError, match="one model"):
+        mt.circuit_iou(a, Circuit.empty(CircuitShape(1, 2, 3, 4)))
+
+
+def test_position_map_leaves_no_query_position_out():
+    for n, m in ((3, 5), (5, 3), (4, 4), (1, 6)):
+        a = {"query": tuple(range(n)), "generation": (n,)}
+        b = {"query": tuple(range(m)), "generation": (m,)}
+        pairs = PositionMap.between(a, b).pairs
+        assert pairs.any(0).all()
+        assert pairs.any(1).all()
+        assert n != m or np.array_equal(pairs, np.eye(n + 1, dtype=bool))
+
+
+def test_interchange_swaps_one_group_and_keeps_the_others():
+    a = of([(0, 1, 0), (0, 3, 0), (1, 4, 2)], [(0, 3, 1)])
+    b = of([(1, 2, 1), (1, 3, 2), (0, 4, 0)], [(1, 4, 3)])
+    assert set(swapped_circuit(a, b, ["query"])) == {("head", 0, 1, 0), ("head", 1, 3, 2), ("head", 1, 4, 2)}
+    data = swapped_circuit(a, b, ["data"])
+    assert {n for n in data if n[2] in (1, 2)} == {("head", 1, 1, 1), ("head", 1, 2, 1)}, "data go everywhere"
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=30)
+def test_random_subcircuits_stay_inside_their_group_and_model(seed):
+    """Trap 3: no draw falls out of range, so every draw has the size that was asked for."""
+    a = of([(0, 1, 0), (0, 3, 0), (1, 4, 2)], [(0, 3, 1)])
+    drawn = random_subcircuit(a, "data", 5, 6, seed)
+    inside = drawn.group("data")
+    assert (inside.size("heads"), inside.size("neurons")) == (5, 6)
+    assert drawn - inside == a - a.group("data")
+
+
+def test_interchange_with_the_same_circuit_is_as_good_as_the_original():
+    built = tiny("llava")
+    pairs = pairs_of(built, 3)
+    circuit = mt.attribute(built.model, pairs).circuit(0.1)
+    before = state(built.model)
+    found = interchange(built.model, (pairs, pairs), (circuit, circuit), ["query", "generation"], n_random=3)
+    assert_same_state(before, state(built.model))
+    assert found["query"].normalised == pytest.approx(1)
+    assert found["generation"].random[0].shape == (3, 3)
+    table = interchange_table(found, ("image", "text"))
+    assert table["group"].to_list() == ["query", "generation"]
+    assert table["image_original"].to_list() == pytest.approx(table["image_swapped"].to_list())
+
+
+def test_interchange_is_normalised_between_random_and_original():
+    from microtome.circuits.interchange import Interchange
+
+    sides = np.array([1.0, 1.0]), np.array([0.8, 0.8]), np.array([[0.2, 0.2], [0.4, 0.4]])
+    one = Interchange("query", *((x, x) for x in sides))
+    assert one.normalised == pytest.approx((0.8 - 0.3) / (1 - 0.3))
+    low, high = one.interval(200)
+    assert low <= one.normalised <= high
+
+
+def test_interchange_between_an_image_and_a_text_of_other_length():
+    built = tiny("llava")
+    image = pairs_of(built, 2)
+    text = pairs_of(built, 2, image=False, words=9)
+    groups = {"prefix": (0,), "data": (1, 2), "query": (3, 4, 5, 6, 7, 8), "generation": (9,)}
+    scores = mt.attribute(built.model, text, "plain")
+    scores = NodeScores(scores.heads, scores.neurons, 2, groups=groups)
+    circuits = mt.attribute(built.model, image, "plain").circuit(0.2), scores.circuit(0.2)
+    found = interchange(built.model, (image, text), circuits, ["data", "query"], n_random=2)
+    assert np.isfinite(found["data"].normalised)
+    table = compare_circuits(*circuits, n_draws=5)
+    assert table["group"].unique().sort().to_list() == ["all", "data", "generation", "prefix", "query"]
+    assert table.filter(pl.col("p") > 1).height == 0
+
+
+def test_circuits_survive_saving(tmp_path):
+    a = of([(0, 1, 0), (1, 4, 2)], [(0, 3, 1)])
+    a.save(tmp_path / "a.parquet")
+    b = Circuit.load(tmp_path / "a.parquet")
+    assert a == b
+    assert b.groups == GROUPS
+    assert pl.read_parquet(tmp_path / "a.parquet")["layer"].to_list() == [0, 1, 0]
+    pl.DataFrame({"x": [1]}).write_parquet(tmp_path / "other.parquet")
+    with pytest.raises(ShapeError, match=r"written by Circuit\.save"):
+        Circuit.load(tmp_path / "other.parquet")
+
+
+def scored(heads, neurons, **rest):
+    return NodeScores(np.asarray(heads, np.float32), np.asarray(neurons, np.float32), 1, **rest)
+
+
+def test_selection_takes_whole_numbers_of_each_kind_ties_by_position():
+    scores = scored([[[1, 2], [2, 0]]], [[[5, 5, 5], [5, 5, np.nan]]])
+    chosen = scores.circuit(0.5)
+    assert list(chosen) == [("head", 0, 0, 1), ("head", 0, 1, 0), *(("neuron", 0, 0, i) for i in range(3))]
+    assert len(scores.circuit(0)) == 0
+    assert len(scores.circuit(1)) == 10
+    assert scores.circuit(0.25, 0.5).size("heads") == 1
+    assert list(scores.circuit(0.2, joint=True)) == [("neuron", 0, 0, 0), ("neuron", 0, 0, 1)]
+    with pytest.raises(ShapeError, match="size: expected a share"):
+        scores.circuit(7)
+    with pytest.raises(ShapeError, match="by: expected 'absolute'"):
+        scores.circuit(0.1, by="signed")
+
+
+def test_signed_scores_rank_by_magnitude_or_by_value():
+    scores = scored([[[-3, 2]]], [[[-1, 1]]], signed=True)
+    assert ("head", 0, 0, 0) in scores.circuit(0.5)
+    assert ("head", 0, 0, 1) in scores.circuit(0.5, by="signed")
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, float("nan")]), min_size=1, max_size=40), st.integers(0, 40))
+def test_top_n_is_a_stable_sort(values, n):
+    scores = np.array(values, np.float32)
+    n = min(n, len(scores))
+    order = sorted(range(len(scores)), key=lambda i: (-(scores[i] if scores[i] == scores[i] else -np.inf), i))
+    chosen = unpack(top_n_bits(scores, n), len(scores))
+    assert set(np.flatnonzero(chosen)) == set(order[:n])
+    assert popcount(pack(chosen)) == n
+
+
+def test_scores_merge_to_the_mean_of_all_pairs(tmp_path):
+    built = tiny("llava")
+    pairs = pairs_of(built, 3)
+    whole = mt.attribute(built.model, pairs)
+    merged = mt.attribute(built.model, pairs[:1]).merge(mt.attribute(built.model, pairs[1:]))
+    np.testing.assert_allclose(merged.neurons, whole.neurons, atol=1e-7)
+    merged.save(tmp_path / "scores")
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["n_pairs"] == 3
+
+
+def test_effect_map_sums_all_scores_of_a_place():
+    scores = scored([[[1, 2], [3, 4]]], [[[1], [np.nan]]])
+    assert scores.effect_map().tolist() == [[4, 7]]
+
+
+def test_patching_map_measures_what_the_effect_map_approximates():
+    built = tiny("llama")
+    pairs = pairs_of(built, 2, image=False)
+    measured = patching_map(built.model, pairs)
+    assert measured.shape == (3, pairs.n_slots)
+    assert not measured[:, : pairs.n_slots - 3].any()
+    approximate = mt.attribute(built.model, pairs).effect_map()
+    assert rank_correlation(measured.ravel(), approximate.ravel()) > 0.8
+
+
+def test_path_integral_is_complete():
+    for family in ("llava", "qwen3_vl"):
+        built = tiny(family)
+        pairs = pairs_of(built, 2)
+        assert completeness(built.model, pairs, 40).error < 0.02
+        assert completeness(built.model, pairs, 1).error > completeness(built.model, pairs, 40).error
+
+
+def test_scores_agree_with_exact_patching_on_the_top_nodes():
+    built = tiny("llava")
+    pairs = pairs_of(built, 2)
+    table = exact_agreement(built.model, pairs, mt.attribute(built.model, pairs), 60)
+    assert table.height == 120
+    for kind in ("head", "neuron"):
+        of_kind = table.filter(pl.col("kind") == kind)
+        assert rank_correlation(of_kind["score"], of_kind["exact"]) > 0.9
+
+
+def test_split_half_gives_the_noise_floor_per_group():
+    built = tiny("llava")
+    table = split_half(built.model, pairs_of(built, 4), 0.1, n_splits=2, method="plain")
+    assert table.filter(pl.col("group") == "all")["iou"].is_between(0.01, 1).all()
+    assert table["split"].n_unique() == 2
