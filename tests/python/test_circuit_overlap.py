@@ -260,7 +260,7 @@ def test_scores_agree_with_exact_patching_on_the_top_nodes():
     assert table.height == 120
     for kind in ("head", "neuron"):
         of_kind = table.filter(pl.col("kind") == kind)
-        assert rank_correlation(of_kind["score"], of_kind["exact"]) > 0.9
+        assert rank_correlation(of_kind["score"], of_kind["exact"]) > 0.8
 
 
 def test_split_half_gives_the_noise_floor_per_group():

@@ -17,6 +17,7 @@ from microtome.circuits.statistics import Interval, bootstrap, mcnemar
 from microtome.tensors import extra
 
 if find_spec("torch") is not None:
+    from microtome.circuits.alignment import alignment
     from microtome.circuits.attribution import attribute
     from microtome.circuits.audit import (
         completeness,
@@ -24,6 +25,15 @@ if find_spec("torch") is not None:
         patching_map,
         rank_correlation,
         split_half,
+    )
+    from microtome.circuits.backpatch import (
+        BackPatch,
+        Choice,
+        Setting,
+        all_settings,
+        back_patch,
+        back_patch_iterated,
+        gap_closed,
     )
     from microtome.circuits.faithfulness import (
         Curve,
@@ -40,6 +50,8 @@ __all__ = [
     "GROUPS",
     "MIB_SIZES",
     "SIZES",
+    "BackPatch",
+    "Choice",
     "Circuit",
     "CircuitShape",
     "Cost",
@@ -51,7 +63,12 @@ __all__ = [
     "PairSet",
     "PositionMap",
     "PreparedPair",
+    "Setting",
+    "alignment",
+    "all_settings",
     "attribute",
+    "back_patch",
+    "back_patch_iterated",
     "bootstrap",
     "circuit_iou",
     "circuit_niou",
@@ -63,6 +80,7 @@ __all__ = [
     "faithfulness",
     "faithfulness_curve",
     "faithfulness_of",
+    "gap_closed",
     "interchange",
     "mcnemar",
     "patching_map",
