@@ -15,7 +15,10 @@ from microtome.tensors import extra
 if TYPE_CHECKING:
     import polars as pl
 
-    from microtome.store import Activations, ActivationStore
+    from microtome.metrics import FeatureStats
+    from microtome.store import Activations, ActivationStore, StoredCodes
+
+_BLOCK_ROWS = 1 << 20
 
 typer = extra("typer", "cli")
 yaml = extra("yaml", "cli")
@@ -136,12 +139,16 @@ def info(store: StorePath, config: Config = None) -> None:
 
 
 @app.command()
-def verify(store: StorePath, config: Config = None) -> None:
+def verify(store: StorePath, progress: Progress = True, config: Config = None) -> None:
     """Check every byte of a store; exit code 1 when something is damaged.
 
     Example: `microtome verify runs/llava`
     """
-    problems = _open(store).verify()
+    from microtome.progress import bar
+
+    opened = _open(store)
+    with bar("verifying", opened.n_files, progress, "files") as done:
+        problems = opened.verify(done)
     for problem in problems:
         _say(str(problem))
     _say(f"{store}: {'sound' if not problems else f'{len(problems)} problems'}")
@@ -169,17 +176,15 @@ def encode(
     from microtome.progress import bar
 
     opened, dictionary = _open(store), SAE.load_from_disk(sae)
-    acts = opened[hook]
-    target = name or hook
-    with (
-        opened.write_codes(target, hook=hook, dictionary=dictionary) as writer,
-        bar(f"encoding {hook}", len(acts), progress) as done,
-    ):
-        count = 0
-        for block in acts.blocks(block_rows):
-            writer.append(dictionary.encode(block))
-            done(count := count + len(block))
-    _say(f"{len(acts):,} rows encoded with {dictionary.d_sae} features: {store}/codes/{target}")
+    if dictionary.k is None:
+        raise typer.BadParameter(f"--sae {sae}: expected a dictionary with k features per row, found {dictionary}")
+    acts, target = opened[hook], name or hook
+    facts = {"k": dictionary.k, "d_sae": dictionary.d_sae, "dictionary": dictionary.fingerprint}
+    with opened.write_codes(target, acts, **facts) as codes, bar(f"encoding {hook}", len(acts), progress) as done:
+        for block in acts.take(slice(codes.n_rows, None)).blocks(block_rows):
+            codes.append(dictionary.encode(block))
+            done(codes.n_rows)
+    _say(f"{len(acts):,} rows in {dictionary.d_sae} features, {dictionary.k} per row: {store}/codes/{target}")
 
 
 @app.command()
@@ -198,13 +203,9 @@ def stats(
     """
     import polars as pl
 
-    import microtome as mt
-
-    sparse = _open(store).codes(codes)
-    labels = None if by is None else _column(sparse, by)
-    result = mt.feature_stats(sparse, by=labels)
-    groups = result if isinstance(result, dict) else {"all": result}
-    table = pl.concat([s.to_polars().with_columns(group=pl.lit(str(g))) for g, s in groups.items()])
+    opened = _open(store)
+    groups = _stats_by_block(opened, opened.codes(codes), by)
+    table = pl.concat([group.to_polars().with_columns(group=pl.lit(name)) for name, group in groups.items()])
     _write(table, out)
 
 
@@ -298,18 +299,24 @@ def _selected(store: ActivationStore, hooks: str, where: str | None) -> dict[str
     return {name: store[name] if where is None else store[name].where(pl.sql_expr(where)) for name in names}
 
 
-def _column(codes: Any, name: str) -> Any:
-    """One label per encoded row."""
+def _stats_by_block(store: ActivationStore, codes: StoredCodes, by: str | None) -> dict[str, FeatureStats]:
+    """Statistics of each group, a block of rows in memory at a time."""
     import polars as pl
 
-    rows = (
-        codes.rows.collect()
-        if name in codes.rows.collect_schema().names()
-        else codes.rows_with_samples.collect()
-    )
-    if name not in rows.columns:
-        raise typer.BadParameter(f"--by {name!r} is none of: {', '.join(rows.columns)}")
-    return rows[name].cast(pl.String).to_numpy()
+    import microtome as mt
+
+    rows = store[codes.hook].take(codes.row_numbers).rows
+    rows = rows.join(store.samples, on="sample", how="left", maintain_order="left")
+    if by is not None and by not in (columns := rows.collect_schema().names()):
+        raise typer.BadParameter(f"--by {by!r} is none of: {', '.join(columns)}")
+    labels = None if by is None else rows.select(pl.col(by).cast(pl.String)).collect().to_series()
+    total: dict[str, FeatureStats] = {}
+    for start, block in zip(range(0, len(codes), _BLOCK_ROWS), codes.blocks(_BLOCK_ROWS), strict=True):
+        part = None if labels is None else labels[start : start + len(block.indices)]
+        result = mt.feature_stats(block, by=part, progress=False)
+        for name, stats in (result if isinstance(result, dict) else {"all": result}).items():
+            total[name] = total[name].merge(stats) if name in total else stats
+    return total
 
 
 def _write(table: pl.DataFrame, out: Path) -> None:
