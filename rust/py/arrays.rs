@@ -57,7 +57,7 @@ impl<'py> Matrix<'py> {
     }
 }
 
-/// An argument that a scan can read: a matrix, or an object whose `_selection` is one of a store.
+/// An argument that a scan can read: a matrix, a selection of a store, or an object that has one as `_selection`.
 pub enum Input<'py> {
     Matrix(Matrix<'py>),
     Stored(Arc<microtome_core::store::Selection>),
@@ -66,8 +66,9 @@ pub enum Input<'py> {
 impl<'py> Input<'py> {
     /// Reads `object` as the argument called `name`.
     pub fn extract(object: &Bound<'py, PyAny>, name: &str) -> PyResult<Self> {
-        if let Some(selection) = object.getattr_opt("_selection")? {
-            return Ok(Self::Stored(selection.cast::<Selection>()?.get().rows()));
+        let held = object.getattr_opt("_selection")?;
+        if let Ok(selection) = held.as_ref().unwrap_or(object).cast::<Selection>() {
+            return Ok(Self::Stored(selection.get().rows()));
         }
         Ok(Self::Matrix(Matrix::extract(object, name)?))
     }
