@@ -17,7 +17,15 @@ from microtome.circuits.statistics import Interval, bootstrap, mcnemar
 from microtome.tensors import extra
 
 if find_spec("torch") is not None:
+    from microtome.circuits.ablation import (
+        ablate_features,
+        ablate_heads,
+        head_means,
+        matched_features,
+        random_heads,
+    )
     from microtome.circuits.alignment import alignment
+    from microtome.circuits.attention import AttentionMap, attention_implementation, attention_maps
     from microtome.circuits.attribution import attribute
     from microtome.circuits.audit import (
         completeness,
@@ -42,30 +50,58 @@ if find_spec("torch") is not None:
         faithfulness_curve,
         faithfulness_of,
     )
+    from microtome.circuits.feature_attribution import (
+        FeatureScores,
+        MeanEmbedding,
+        feature_attribution,
+        mean_embedding,
+    )
     from microtome.circuits.interchange import Interchange, interchange
+    from microtome.circuits.outcomes import (
+        NO,
+        YES,
+        Effect,
+        Outcome,
+        ablation_table,
+        effect_of,
+        outcome,
+        token_group,
+    )
     from microtome.circuits.pairs import GROUPS, PairSet, PreparedPair, prepare
     from microtome.circuits.plan import Cost, estimate
 
 __all__ = [
     "GROUPS",
     "MIB_SIZES",
+    "NO",
     "SIZES",
+    "YES",
+    "AttentionMap",
     "BackPatch",
     "Choice",
     "Circuit",
     "CircuitShape",
     "Cost",
     "Curve",
+    "Effect",
     "Faithfulness",
+    "FeatureScores",
     "Interchange",
     "Interval",
+    "MeanEmbedding",
     "NodeScores",
+    "Outcome",
     "PairSet",
     "PositionMap",
     "PreparedPair",
     "Setting",
+    "ablate_features",
+    "ablate_heads",
+    "ablation_table",
     "alignment",
     "all_settings",
+    "attention_implementation",
+    "attention_maps",
     "attribute",
     "back_patch",
     "back_patch_iterated",
@@ -74,19 +110,27 @@ __all__ = [
     "circuit_niou",
     "compare_circuits",
     "completeness",
+    "effect_of",
     "estimate",
     "exact_agreement",
     "expected_iou",
     "faithfulness",
     "faithfulness_curve",
     "faithfulness_of",
+    "feature_attribution",
     "gap_closed",
+    "head_means",
     "interchange",
+    "matched_features",
     "mcnemar",
+    "mean_embedding",
+    "outcome",
     "patching_map",
     "prepare",
+    "random_heads",
     "rank_correlation",
     "split_half",
+    "token_group",
 ]
 
 
