@@ -70,7 +70,38 @@ _ROOM_OF = {
     "faithfulness": "circuits",
 }
 
-__all__ = ["__version__", "errors", "num_threads", "set_num_threads", *sorted(_ROOM_OF)]
+__all__ = [
+    "__version__",
+    "errors",
+    "num_threads",
+    "set_num_threads",
+    "ActivationStore",
+    "Activations",
+    "Circuit",
+    "FeatureStats",
+    "NodeScores",
+    "OddsRatio",
+    "Recorder",
+    "SAE",
+    "SparseCodes",
+    "TopKEncoder",
+    "attribute",
+    "capture",
+    "circuit_iou",
+    "circuit_niou",
+    "cka_matrix",
+    "decoder_cosine",
+    "expected_iou",
+    "faithfulness",
+    "feature_stats",
+    "fvu",
+    "linear_cka",
+    "match_features",
+    "odds_ratio",
+    "top_samples",
+    "topk_encode",
+    "variance_gap",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+import yaml
+
 from microtome.errors import Error
-from microtome.tensors import extra
 
 if TYPE_CHECKING:
     import polars as pl
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
     from microtome.store import Activations, ActivationStore, StoredCodes
 
 _BLOCK_ROWS = 1 << 20
-
-typer = extra("typer", "cli")
-yaml = extra("yaml", "cli")
 
 app = typer.Typer(
     name="microtome",
@@ -173,16 +172,22 @@ def encode(
     Example: `microtome encode runs/llava --sae saes/layer12 --hook blocks.12.hook_resid_post`
     """
     from microtome.dictionary import SAE
+    from microtome.metrics import SparseCodes
     from microtome.progress import bar
 
     opened, dictionary = _open(store), SAE.load_from_disk(sae)
     if dictionary.k is None:
         raise typer.BadParameter(f"--sae {sae}: expected a dictionary with k features per row, found {dictionary}")
     acts, target = opened[hook], name or hook
-    facts = {"k": dictionary.k, "d_sae": dictionary.d_sae, "dictionary": dictionary.fingerprint}
-    with opened.write_codes(target, acts, **facts) as codes, bar(f"encoding {hook}", len(acts), progress) as done:
+    writer = opened.write_codes(
+        target, acts, k=dictionary.k, d_sae=dictionary.d_sae, dictionary=dictionary.fingerprint()
+    )
+    with writer as codes, bar(f"encoding {hook}", len(acts), progress) as done:
         for block in acts.take(slice(codes.n_rows, None)).blocks(block_rows):
-            codes.append(dictionary.encode(block))
+            found = dictionary.encode(block)
+            if not isinstance(found, SparseCodes):
+                raise typer.BadParameter(f"--sae {sae}: expected k features in every row, found {dictionary}")
+            codes.append(found)
             done(codes.n_rows)
     _say(f"{len(acts):,} rows in {dictionary.d_sae} features, {dictionary.k} per row: {store}/codes/{target}")
 
@@ -271,7 +276,7 @@ def _open(path: Path) -> ActivationStore:
 
 def _show_store(store: ActivationStore) -> None:
     facts = store.facts
-    _say(f"{store.path}: {store.n_rows:,} rows, {len(store.hooks)} hooks, {store.dtype}")
+    _say(f"{store.path}: {store.n_rows:,} rows, {len(store.hooks)} hooks, {store[store.hooks[0]].dtype}")
     for name in ("model_class", "model", "revision"):
         if facts.get(name):
             _say(f"  {name}: {facts[name]}")

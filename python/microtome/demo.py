@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,10 +22,13 @@ import microtome as mt
 from microtome import organism
 from microtome.capture import capture
 from microtome.dictionary import SAE, TrainConfig, train_sae
-from microtome.evaluation import score
+from microtome.evaluation import accuracy, score
+from microtome.organism.scenes import CELLS, GRID
+from microtome.report import Card, Page, figures
 from microtome.store import ActivationStore
 
 __all__ = ["run"]
+
 
 _HOOKS = ["blocks.*.hook_resid_post"]
 _SEED = 0
@@ -234,7 +239,7 @@ def _card(item: organism.Item, row: dict[str, Any]) -> Card:
     question = item.prompt.removeprefix("<image>").strip()
     if item.image is None:
         return Card(f"→ {item.answer}", row["activation"], text=_marked(item.prompt, row["position"] - 1))
-    words, at = question.split(), row["position"] - 1 - organism.CELLS
+    words, at = question.split(), row["position"] - 1 - CELLS
     caption = (
         f"{question} → {item.answer}"
         if at < 0
@@ -250,8 +255,8 @@ def _marked(text: str, at: int) -> str:
 
 def _patch(index: int) -> list[list[float]] | None:
     """The grid of image patches with patch ``index`` lit, or None for a token behind the image."""
-    side = organism.GRID
-    if not 0 <= index < organism.CELLS:
+    side = GRID
+    if not 0 <= index < CELLS:
         return None
     return [[float(row * side + column == index) for column in range(side)] for row in range(side)]
 

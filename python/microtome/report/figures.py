@@ -25,6 +25,7 @@ def canvas(width: float = 7.0, height: float = 3.4, columns: int = 1, **options:
     """An empty figure in the house style: (figure, axes)."""
     extra("matplotlib", "report")
     import matplotlib as mpl
+    from cycler import cycler
     from matplotlib.figure import Figure
 
     style: dict[str, Any] = {
@@ -32,7 +33,7 @@ def canvas(width: float = 7.0, height: float = 3.4, columns: int = 1, **options:
         "font.family": ["DejaVu Sans"],
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": mpl.cycler(color=_CYCLE),
+        "axes.prop_cycle": cycler(color=_CYCLE),
         "axes.titlesize": 10,
     }
     with mpl.rc_context(style):
