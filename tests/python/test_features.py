@@ -42,7 +42,9 @@ def top_definition(dense, samples, positions, n, per_sample=True):
     """Sort all firing tokens of a feature by (-h, sample, position); keep a sample's first."""
     table = []
     for f in range(dense.shape[1]):
-        hits = sorted((-h, s, p) for h, s, p in zip(dense[:, f].tolist(), samples, positions, strict=True) if h > 0)
+        hits = sorted(
+            (-h, s, p) for h, s, p in zip(dense[:, f].tolist(), samples, positions, strict=True) if h > 0
+        )
         seen, rank = set(), 0
         for h, s, p in hits:
             if rank < n and not (per_sample and s in seen):
@@ -118,7 +120,9 @@ def test_tensors_and_arrays_give_the_same():
 def test_any_number_of_threads_gives_the_same_bits(threads):
     rng = np.random.default_rng(0)
     n = 70_000  # several blocks of the grid
-    codes = SparseCodes(rng.integers(0, 900, (n, 2)).astype(np.uint32), rng.random((n, 2)).astype(np.float32), 900)
+    codes = SparseCodes(
+        rng.integers(0, 900, (n, 2)).astype(np.uint32), rng.random((n, 2)).astype(np.float32), 900
+    )
     rows = {"sample": rng.integers(0, 500, n), "position": np.arange(n)}
     x = rng.standard_normal((4000, 9), dtype=np.float32)
     before = mt.num_threads()
@@ -126,7 +130,11 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
         mt.set_num_threads(1)
         one, one_top, one_fvu = mt.feature_stats(codes), mt.top_samples(codes, rows, n=5), mt.fvu(x, x * 0.9)
         mt.set_num_threads(threads)
-        many, many_top, many_fvu = mt.feature_stats(codes), mt.top_samples(codes, rows, n=5), mt.fvu(x, x * 0.9)
+        many, many_top, many_fvu = (
+            mt.feature_stats(codes),
+            mt.top_samples(codes, rows, n=5),
+            mt.fvu(x, x * 0.9),
+        )
     finally:
         mt.set_num_threads(before)
     assert all(getattr(one, f).tobytes() == getattr(many, f).tobytes() for f in FIELDS)
@@ -161,7 +169,9 @@ def test_shards_merge_to_the_whole_in_any_bracketing(seed, cuts):
 # --- groups ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", [np.arange(300) % 3, np.array(["image", "text", "video"])[np.arange(300) % 3]])
+@pytest.mark.parametrize(
+    "labels", [np.arange(300) % 3, np.array(["image", "text", "video"])[np.arange(300) % 3]]
+)
 def test_groups_equal_statistics_of_their_rows(labels):
     codes = random_codes()
     groups = mt.feature_stats(codes, by=labels)
@@ -189,9 +199,13 @@ def test_polars_expression_groups_over_the_row_table():
 
 def test_variance_gap_is_the_difference_of_uncentred_second_moments():
     vision, text = random_codes(1), random_codes(2, n=120)
-    expected = (vision.to_dense().astype(np.float64) ** 2).mean(0) - (text.to_dense().astype(np.float64) ** 2).mean(0)
+    expected = (vision.to_dense().astype(np.float64) ** 2).mean(0) - (
+        text.to_dense().astype(np.float64) ** 2
+    ).mean(0)
     np.testing.assert_allclose(mt.variance_gap(vision, text), expected, rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(mt.variance_gap(mt.feature_stats(vision), mt.feature_stats(text)), expected, atol=1e-15)
+    np.testing.assert_allclose(
+        mt.variance_gap(mt.feature_stats(vision), mt.feature_stats(text)), expected, atol=1e-15
+    )
 
 
 def counts(n, fires):
@@ -258,7 +272,9 @@ def test_top_samples_equal_a_full_sort(seed, n, per_sample, tied):
 def test_top_samples_over_many_blocks_equal_a_full_sort():
     rng = np.random.default_rng(3)
     n = 20_000
-    codes = SparseCodes(rng.integers(0, 5, (n, 1)).astype(np.uint32), rng.random((n, 1)).astype(np.float32), 5)
+    codes = SparseCodes(
+        rng.integers(0, 5, (n, 1)).astype(np.uint32), rng.random((n, 1)).astype(np.float32), 5
+    )
     samples, positions = rng.integers(0, 700, n), rng.integers(0, 50, n)
     found = mt.top_samples(codes, {"sample": samples, "position": positions}, n=20)
     assert found.rows() == top_definition(codes.to_dense(), samples.tolist(), positions.tolist(), 20)
@@ -266,7 +282,9 @@ def test_top_samples_over_many_blocks_equal_a_full_sort():
 
 def test_top_samples_of_chosen_features_and_of_groups():
     codes = random_codes()
-    rows = pl.DataFrame({"sample": np.arange(300) // 10, "position": np.arange(300) % 10, "split": ["a", "b"] * 150})
+    rows = pl.DataFrame(
+        {"sample": np.arange(300) // 10, "position": np.arange(300) % 10, "split": ["a", "b"] * 150}
+    )
     every = mt.top_samples(codes, rows, n=3)
     chosen = mt.top_samples(codes, rows.lazy(), n=3, features=[30, 4])
     assert chosen["feature"].unique(maintain_order=True).to_list() == [30, 4]
@@ -302,7 +320,9 @@ def test_sample_counts_equal_their_definition(seed):
 
 def ragged(indptr, indices, values, d_sae=4):
     codes = RaggedCodes.__new__(RaggedCodes)
-    for field, value in zip(("indptr", "indices", "values", "d_sae"), (indptr, indices, values, d_sae), strict=True):
+    for field, value in zip(
+        ("indptr", "indices", "values", "d_sae"), (indptr, indices, values, d_sae), strict=True
+    ):
         object.__setattr__(codes, field, np.asarray(value) if field != "d_sae" else value)
     return codes
 
@@ -321,41 +341,137 @@ STATS = counts(10, [1, 2])
 
 REFUSALS = {
     "no rows": (lambda: mt.feature_stats(GOOD[:0]), ShapeError, "no rows selected"),
-    "no ragged rows": (lambda: mt.feature_stats(ragged([0], np.zeros(0, np.uint32), np.zeros(0, F32))), ShapeError, "no rows selected"),
-    "no slots": (lambda: mt.feature_stats(fixed(np.zeros((3, 0), np.uint32), np.zeros((3, 0), F32))), ShapeError, "codes"),
+    "no ragged rows": (
+        lambda: mt.feature_stats(ragged([0], np.zeros(0, np.uint32), np.zeros(0, F32))),
+        ShapeError,
+        "no rows selected",
+    ),
+    "no slots": (
+        lambda: mt.feature_stats(fixed(np.zeros((3, 0), np.uint32), np.zeros((3, 0), F32))),
+        ShapeError,
+        "codes",
+    ),
     "empty mask": (lambda: mt.feature_stats(GOOD[np.zeros(300, bool)]), ShapeError, "no rows selected"),
-    "dense codes": (lambda: mt.feature_stats(np.zeros((3, 4), F32)), DtypeError, "codes: expected SparseCodes"),
-    "float indices": (lambda: mt.feature_stats(fixed([[1.0]], np.ones((1, 1), F32))), DtypeError, "codes.indices"),
+    "dense codes": (
+        lambda: mt.feature_stats(np.zeros((3, 4), F32)),
+        DtypeError,
+        "codes: expected SparseCodes",
+    ),
+    "float indices": (
+        lambda: mt.feature_stats(fixed([[1.0]], np.ones((1, 1), F32))),
+        DtypeError,
+        "codes.indices",
+    ),
     "integer values": (lambda: mt.feature_stats(fixed([[1]], [[1]])), DtypeError, "codes.values"),
-    "negative index": (lambda: mt.feature_stats(fixed([[-1]], np.ones((1, 1), F32))), ShapeError, "codes.indices"),
-    "index beyond the dictionary": (lambda: mt.feature_stats(fixed([[1], [4]], np.ones((2, 1), F32))), ShapeError, "below d_sae = 4, found 4 at row 1, slot 0"),
-    "index beyond, top samples": (lambda: mt.top_samples(fixed([[4]], np.ones((1, 1), F32)), {"sample": [0], "position": [0]}), ShapeError, "d_sae = 4"),
-    "index beyond, sample counts": (lambda: metrics.sample_fires(fixed([[4]], np.ones((1, 1), F32)), {"sample": [0]}), ShapeError, "d_sae = 4"),
-    "NaN": (lambda: mt.feature_stats(fixed([[1], [2]], np.array([[1], [np.nan]], F32))), NonFiniteError, "codes.values: expected finite values, found NaN at row 1"),
+    "negative index": (
+        lambda: mt.feature_stats(fixed([[-1]], np.ones((1, 1), F32))),
+        ShapeError,
+        "codes.indices",
+    ),
+    "index beyond the dictionary": (
+        lambda: mt.feature_stats(fixed([[1], [4]], np.ones((2, 1), F32))),
+        ShapeError,
+        "below d_sae = 4, found 4 at row 1, slot 0",
+    ),
+    "index beyond, top samples": (
+        lambda: mt.top_samples(fixed([[4]], np.ones((1, 1), F32)), {"sample": [0], "position": [0]}),
+        ShapeError,
+        "d_sae = 4",
+    ),
+    "index beyond, sample counts": (
+        lambda: metrics.sample_fires(fixed([[4]], np.ones((1, 1), F32)), {"sample": [0]}),
+        ShapeError,
+        "d_sae = 4",
+    ),
+    "NaN": (
+        lambda: mt.feature_stats(fixed([[1], [2]], np.array([[1], [np.nan]], F32))),
+        NonFiniteError,
+        "codes.values: expected finite values, found NaN at row 1",
+    ),
     "infinity": (lambda: mt.feature_stats(fixed([[1]], np.array([[np.inf]], F32))), NonFiniteError, "inf"),
-    "NaN in top samples": (lambda: mt.top_samples(fixed([[1]], np.array([[np.nan]], F32)), {"sample": [0], "position": [0]}), NonFiniteError, "codes.values"),
-    "NaN in sample counts": (lambda: metrics.sample_fires(fixed([[1]], np.array([[np.nan]], F32)), {"sample": [0]}), NonFiniteError, "codes.values"),
+    "NaN in top samples": (
+        lambda: mt.top_samples(fixed([[1]], np.array([[np.nan]], F32)), {"sample": [0], "position": [0]}),
+        NonFiniteError,
+        "codes.values",
+    ),
+    "NaN in sample counts": (
+        lambda: metrics.sample_fires(fixed([[1]], np.array([[np.nan]], F32)), {"sample": [0]}),
+        NonFiniteError,
+        "codes.values",
+    ),
     "shapes differ": (lambda: mt.feature_stats(fixed([[1, 2]], np.ones((1, 1), F32))), ShapeError, "codes"),
-    "indptr falls": (lambda: mt.feature_stats(ragged([0, 2, 1, 2], np.zeros(2, np.uint32), np.ones(2, F32))), ShapeError, "indptr"),
-    "indptr too short": (lambda: mt.feature_stats(ragged([0, 1], np.zeros(2, np.uint32), np.ones(2, F32))), ShapeError, "indptr"),
-    "labels too few": (lambda: mt.feature_stats(GOOD, by=np.arange(299)), ShapeError, "by: expected 300 labels"),
-    "labels of two dimensions": (lambda: mt.feature_stats(GOOD, by=np.zeros((300, 1), int)), ShapeError, "shape"),
+    "indptr falls": (
+        lambda: mt.feature_stats(ragged([0, 2, 1, 2], np.zeros(2, np.uint32), np.ones(2, F32))),
+        ShapeError,
+        "indptr",
+    ),
+    "indptr too short": (
+        lambda: mt.feature_stats(ragged([0, 1], np.zeros(2, np.uint32), np.ones(2, F32))),
+        ShapeError,
+        "indptr",
+    ),
+    "labels too few": (
+        lambda: mt.feature_stats(GOOD, by=np.arange(299)),
+        ShapeError,
+        "by: expected 300 labels",
+    ),
+    "labels of two dimensions": (
+        lambda: mt.feature_stats(GOOD, by=np.zeros((300, 1), int)),
+        ShapeError,
+        "shape",
+    ),
     "float labels": (lambda: mt.feature_stats(GOOD, by=np.zeros(300)), DtypeError, "by"),
     "expression without rows": (lambda: mt.feature_stats(GOOD, by=pl.col("kind")), ShapeError, "rows"),
     "unknown column": (lambda: mt.feature_stats(GOOD, by="kind", rows=ROWS), ShapeError, "kind"),
-    "row table too long": (lambda: mt.feature_stats(GOOD[:10], by="sample", rows=ROWS), ShapeError, "rows: expected 10 rows"),
-    "gap of two widths": (lambda: mt.variance_gap(STATS, counts(10, [1])), ShapeError, "text: expected d_sae = 2"),
+    "row table too long": (
+        lambda: mt.feature_stats(GOOD[:10], by="sample", rows=ROWS),
+        ShapeError,
+        "rows: expected 10 rows",
+    ),
+    "gap of two widths": (
+        lambda: mt.variance_gap(STATS, counts(10, [1])),
+        ShapeError,
+        "text: expected d_sae = 2",
+    ),
     "merge of two widths": (lambda: STATS.merge(counts(10, [1])), ShapeError, "d_sae = 2"),
-    "odds of two widths": (lambda: mt.odds_ratio(STATS, counts(10, [1])), ShapeError, "base: expected d_sae = 2"),
-    "odds of another unit": (lambda: mt.odds_ratio(STATS, STATS, counts="samples"), DtypeError, "SampleFires"),
+    "odds of two widths": (
+        lambda: mt.odds_ratio(STATS, counts(10, [1])),
+        ShapeError,
+        "base: expected d_sae = 2",
+    ),
+    "odds of another unit": (
+        lambda: mt.odds_ratio(STATS, STATS, counts="samples"),
+        DtypeError,
+        "SampleFires",
+    ),
     "odds of an unknown unit": (lambda: mt.odds_ratio(STATS, STATS, counts="rows"), ShapeError, "counts"),
-    "sample counts as token counts": (lambda: mt.odds_ratio(SampleFires(1, STATS.fires), STATS), DtypeError, "FeatureStats"),
+    "sample counts as token counts": (
+        lambda: mt.odds_ratio(SampleFires(1, STATS.fires), STATS),
+        DtypeError,
+        "FeatureStats",
+    ),
     "level above one": (lambda: mt.odds_ratio(STATS, STATS).confidence_interval(95), ShapeError, "level"),
     "no position": (lambda: mt.top_samples(GOOD, {"sample": np.arange(300)}), ShapeError, "position"),
-    "samples too few": (lambda: mt.top_samples(GOOD, {"sample": [1], "position": [0]}), ShapeError, "rows: expected 300"),
-    "negative position": (lambda: mt.top_samples(GOOD, {**ROWS, "position": -np.arange(300)}), ShapeError, "positions"),
-    "null sample": (lambda: mt.top_samples(GOOD, {**ROWS, "sample": pl.Series([None] * 300, dtype=pl.Int64)}), ShapeError, "null"),
-    "float position": (lambda: mt.top_samples(GOOD, {**ROWS, "position": np.arange(300.0)}), ShapeError, "position"),
+    "samples too few": (
+        lambda: mt.top_samples(GOOD, {"sample": [1], "position": [0]}),
+        ShapeError,
+        "rows: expected 300",
+    ),
+    "negative position": (
+        lambda: mt.top_samples(GOOD, {**ROWS, "position": -np.arange(300)}),
+        ShapeError,
+        "positions",
+    ),
+    "null sample": (
+        lambda: mt.top_samples(GOOD, {**ROWS, "sample": pl.Series([None] * 300, dtype=pl.Int64)}),
+        ShapeError,
+        "null",
+    ),
+    "float position": (
+        lambda: mt.top_samples(GOOD, {**ROWS, "position": np.arange(300.0)}),
+        ShapeError,
+        "position",
+    ),
     "n of zero": (lambda: mt.top_samples(GOOD, ROWS, n=0), ShapeError, "n: expected at least 1"),
     "feature beyond": (lambda: mt.top_samples(GOOD, ROWS, features=[37]), ShapeError, "features"),
     "feature twice": (lambda: mt.top_samples(GOOD, ROWS, features=[3, 3]), ShapeError, "features"),

@@ -98,16 +98,32 @@ REFUSALS = {
     "no rows": (lambda: mt.fvu(X[:0], X[:0]), ShapeError, "no rows selected"),
     "a vector": (lambda: mt.fvu(X[0], X[0]), ShapeError, "x: expected a matrix"),
     "float64": (lambda: mt.fvu(X.astype(float), X), DtypeError, "x: expected float32"),
-    "NaN in x": (lambda: mt.fvu(spoiled(np.nan), X), NonFiniteError, "x: expected finite values, found NaN at row 7, column 3"),
-    "infinity in x_hat": (lambda: mt.fvu(X, spoiled(np.inf)), NonFiniteError, "x_hat: expected finite values, found inf at row 7"),
+    "NaN in x": (
+        lambda: mt.fvu(spoiled(np.nan), X),
+        NonFiniteError,
+        "x: expected finite values, found NaN at row 7, column 3",
+    ),
+    "infinity in x_hat": (
+        lambda: mt.fvu(X, spoiled(np.inf)),
+        NonFiniteError,
+        "x_hat: expected finite values, found inf at row 7",
+    ),
     "codes without a decoder": (lambda: mt.fvu(X, CODES), ShapeError, "W_dec"),
     "a decoder without codes": (lambda: mt.fvu(X, X, W_dec=W), ShapeError, "x_hat"),
     "codes of other rows": (lambda: mt.fvu(X, CODES[:-1], W_dec=W), ShapeError, "codes: expected 50 rows"),
-    "decoder of another width": (lambda: mt.fvu(X, CODES, W_dec=W[:, :-1].copy()), ShapeError, "W_dec: expected shape (20, 9)"),
+    "decoder of another width": (
+        lambda: mt.fvu(X, CODES, W_dec=W[:, :-1].copy()),
+        ShapeError,
+        "W_dec: expected shape (20, 9)",
+    ),
     "decoder of other features": (lambda: mt.fvu(X, CODES, W_dec=W[:-1]), ShapeError, "W_dec"),
     "bias of another width": (lambda: mt.fvu(X, CODES, W_dec=W, b_dec=np.ones(8, F32)), ShapeError, "b_dec"),
     "NaN in W_dec": (lambda: mt.fvu(X, CODES, W_dec=W * np.nan), NonFiniteError, "W_dec"),
-    "NaN in b_dec": (lambda: mt.fvu(X, CODES, W_dec=W, b_dec=np.full(9, np.nan, F32)), NonFiniteError, "b_dec"),
+    "NaN in b_dec": (
+        lambda: mt.fvu(X, CODES, W_dec=W, b_dec=np.full(9, np.nan, F32)),
+        NonFiniteError,
+        "b_dec",
+    ),
 }
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome import _core, progress as progress_bar
+from microtome import _core
+from microtome import progress as progress_bar
 from microtome.errors import DtypeError, ShapeError
 from microtome.metrics.codes import RaggedCodes, SparseCodes
 from microtome.metrics.rowtable import By, RowTable, grouping
@@ -29,8 +30,8 @@ class FeatureStats:
     """Sums over the tokens of one group of rows, one entry per feature; they merge.
 
     Example:
-        >>> codes = SparseCodes(np.array([[0], [0]], np.uint32), np.array([[1.0], [3.0]], np.float32), d_sae=2)
-        >>> feature_stats(codes).mean_square()
+        >>> indices, values = np.array([[0], [0]], np.uint32), np.array([[1.0], [3.0]], np.float32)
+        >>> feature_stats(SparseCodes(indices, values, d_sae=2)).mean_square()
         array([5., 0.])
     """
 
@@ -64,7 +65,7 @@ class FeatureStats:
 
     def dead(self) -> npt.NDArray[np.bool_]:
         """Features that fire on none of the ``n_tokens`` tokens, (d_sae,)."""
-        return self.fires == 0
+        return np.equal(self.fires, 0)
 
     def merge(self, other: FeatureStats) -> FeatureStats:
         """The statistics of both sets of rows together.
@@ -111,13 +112,13 @@ def feature_stats(
 ) -> FeatureStats | dict[Any, FeatureStats]:
     """Firing counts, sums, sums of squares and maxima of every feature, in one pass over the codes.
 
-    A feature fires on a token where h > 0. Sums are taken in float64; they are the same bit for bit for any number of
-    threads.
+    A feature fires on a token where h > 0. Sums are taken in float64; they are the same bit for bit for any
+    number of threads.
 
     Args:
         codes: sparse codes of n rows.
-        by: groups the rows: n labels (integers, strings or booleans), or a polars expression or column name over
-            ``rows``.
+        by: groups the rows: n labels (integers, strings or booleans), or a polars expression or column name
+            over ``rows``.
         rows: row table of n rows (polars frame, mapping of columns, or activations of a store).
         progress: show a bar on a terminal.
 
@@ -129,8 +130,8 @@ def feature_stats(
         NonFiniteError: an activation is NaN or infinite.
 
     Example:
-        >>> codes = SparseCodes(np.array([[0], [1]], np.uint32), np.array([[1.0], [3.0]], np.float32), d_sae=2)
-        >>> groups = feature_stats(codes, by=["image", "text"])
+        >>> indices, values = np.array([[0], [1]], np.uint32), np.array([[1.0], [3.0]], np.float32)
+        >>> groups = feature_stats(SparseCodes(indices, values, d_sae=2), by=["image", "text"])
         >>> groups["text"].fires
         array([0, 1], dtype=uint64)
     """
@@ -196,7 +197,9 @@ def core_codes(codes: Codes, name: str = "codes") -> _CoreCodes:
     if indices.dtype.kind not in "iu":
         raise DtypeError(f"{name}.indices: expected integers, found {indices.dtype}")
     if indices.dtype.kind == "i" and indices.size and int(indices.min()) < 0:
-        raise ShapeError(f"{name}.indices: expected features from 0 to {codes.d_sae - 1}, found {indices.min()}")
+        raise ShapeError(
+            f"{name}.indices: expected features from 0 to {codes.d_sae - 1}, found {indices.min()}"
+        )
     if values.dtype.kind != "f":
         raise DtypeError(f"{name}.values: expected float32, found {values.dtype}")
     flat = np.ascontiguousarray(indices, np.uint32).reshape(-1)

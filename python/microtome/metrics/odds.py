@@ -77,10 +77,10 @@ def odds_ratio(
 ) -> OddsRatio:
     r"""How much likelier each feature fires in one set than in another.
 
-    :math:`OR = \frac{(a + ½)(n_b - c + ½)}{(c + ½)(n_s - a + ½)}` with a, c the firing counts among :math:`n_s`,
-    :math:`n_b` units; ½ is added to all four cells of every feature (Haldane 1956, Anscombe 1956). Standard error of
-    its logarithm: :math:`\sqrt{\sum 1 / cell}` over the corrected cells. Tokens of one sample are not independent, so
-    token counts understate it: ``counts="samples"`` counts each sample once.
+    :math:`OR = \frac{(a + ½)(n_b - c + ½)}{(c + ½)(n_s - a + ½)}` with a, c the firing counts among
+    :math:`n_s`, :math:`n_b` units; ½ is added to all four cells of every feature (Haldane 1956, Anscombe
+    1956). Standard error of its logarithm: :math:`\sqrt{\sum 1 / cell}` over the corrected cells. Tokens of
+    one sample are not independent, so token counts understate it: ``counts="samples"`` counts samples.
 
     Args:
         spatial: counts of the set of interest.
@@ -109,9 +109,7 @@ def odds_ratio(
     return OddsRatio(ratio, log, error, p)
 
 
-def _counts(
-    stats: FeatureStats | SampleFires, unit: str, name: str
-) -> tuple[npt.NDArray[np.float64], int]:
+def _counts(stats: FeatureStats | SampleFires, unit: str, name: str) -> tuple[npt.NDArray[np.float64], int]:
     kinds = {"tokens": FeatureStats, "samples": SampleFires}
     if unit not in kinds:
         raise ShapeError(f"counts: expected 'tokens' or 'samples', found {unit!r}")

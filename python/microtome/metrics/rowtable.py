@@ -15,7 +15,7 @@ from microtome.errors import DtypeError, ShapeError
 __all__ = ["By", "Grouping", "RowTable", "columns", "grouping", "sample_numbers"]
 
 RowTable: TypeAlias = pl.LazyFrame | pl.DataFrame | Mapping[str, Any] | Any
-"""A polars frame, a mapping of columns, or anything with such a table as ``.rows`` (e.g. activations of a store)."""
+"""A polars frame, a mapping of columns, or what has such a table as ``.rows``: activations of a store."""
 
 By: TypeAlias = pl.Expr | pl.Series | npt.ArrayLike | None
 """What groups rows: one label per row, or a polars expression (or column name) over the row table."""
@@ -46,7 +46,9 @@ def columns(rows: RowTable, wanted: list[pl.Expr], n: int, name: str = "rows") -
     if isinstance(rows, Mapping):
         rows = pl.DataFrame({key: _series(key, column) for key, column in rows.items()})
     if not isinstance(rows, pl.LazyFrame | pl.DataFrame):
-        raise DtypeError(f"{name}: expected a polars frame or a mapping of columns, found {type(rows).__name__}")
+        raise DtypeError(
+            f"{name}: expected a polars frame or a mapping of columns, found {type(rows).__name__}"
+        )
     try:
         table = rows.lazy().select(wanted).collect()
     except pl.exceptions.ColumnNotFoundError as error:
@@ -83,7 +85,7 @@ def grouping(by: By, rows: RowTable, n: int) -> Grouping | None:
 
 
 def sample_numbers(samples: pl.Series) -> tuple[npt.NDArray[np.uint64], pl.Series | None]:
-    """Sample ids as unsigned numbers in the order of the ids, and the ids themselves unless they are such numbers.
+    """Sample ids as unsigned numbers in the order of the ids; and the ids, unless they are such numbers.
 
     Raises:
         ShapeError: a row has no sample.

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome import _core, progress as progress_bar
+from microtome import _core
+from microtome import progress as progress_bar
 from microtome.errors import ShapeError
 from microtome.metrics.features import Codes, core_codes, n_rows
 from microtome.metrics.rowtable import By, RowTable, columns, grouping, sample_numbers
@@ -151,7 +152,9 @@ def _positions(positions: pl.Series) -> npt.NDArray[np.uint32]:
 def _features(features: npt.ArrayLike, d_sae: int) -> npt.NDArray[np.uint32]:
     wanted = np.asarray(features)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
-        raise ShapeError(f"features: expected a list of feature indices, found {features!r}")
+        raise ShapeError(
+            f"features: expected a list of feature indices, found {np.shape(wanted)} of {wanted.dtype}"
+        )
     if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= d_sae):
         raise ShapeError(f"features: expected 0 to {d_sae - 1}, found {wanted.min()} to {wanted.max()}")
     return np.ascontiguousarray(wanted, np.uint32)
