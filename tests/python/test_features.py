@@ -1,4 +1,4 @@
-"""Feature statistics, odds ratios, top samples: equal to their definitions, the same in any order and on any threads."""
+"""Feature statistics, odds ratios, top samples: their definitions, in any order and on any threads."""
 
 from __future__ import annotations
 

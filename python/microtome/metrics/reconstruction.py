@@ -17,9 +17,9 @@ __all__ = ["fvu"]
 def fvu(x: Any, x_hat: Any, *, W_dec: Any = None, b_dec: Any = None, progress: bool = True) -> float:
     r"""Fraction of variance unexplained, sum over sum.
 
-    :math:`FVU = \sum_t \|x_t - \hat x_t\|^2 / \sum_t \|x_t - \bar x\|^2`, with the mean over the same rows, in
-    float64 (blocks are joined by Chan's rule, so a mean far above the spread loses no digits). 0 is perfect, 1 is
-    as good as the mean. With sparse codes in place of ``x_hat`` each row is decoded, compared and forgotten.
+    :math:`FVU = \sum_t \|x_t - \hat x_t\|^2 / \sum_t \|x_t - \bar x\|^2`, with the mean over the same rows,
+    in float64 (blocks are joined by Chan's rule, so a mean far above the spread loses no digits). 0 is perfect,
+    1 is as good as the mean. With sparse codes in place of ``x_hat`` rows are decoded and compared on the way.
 
     Args:
         x: activations (n, d_in): tensor, array or activations of a store; float32, float16 or bfloat16.

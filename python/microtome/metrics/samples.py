@@ -58,7 +58,8 @@ def sample_fires(codes: Codes, rows: RowTable) -> SampleFires:
 
     Example:
         >>> from microtome.metrics import SparseCodes
-        >>> codes = SparseCodes(np.array([[0], [0]], np.uint32), np.array([[1.0], [3.0]], np.float32), d_sae=2)
+        >>> indices, values = np.array([[0], [0]], np.uint32), np.array([[1.0], [3.0]], np.float32)
+        >>> codes = SparseCodes(indices, values, d_sae=2)
         >>> sample_fires(codes, {"sample": [7, 7]}).fires
         array([1, 0], dtype=uint64)
     """
@@ -83,8 +84,8 @@ def top_samples(
 ) -> pl.DataFrame:
     """The samples that activate each feature most, by the maximum over their tokens.
 
-    Ties go to the smaller sample, then to the smaller position: the table is the same for any order of rows and any
-    number of threads.
+    Ties go to the smaller sample, then to the smaller position: the table is the same for any order of rows and
+    any number of threads.
 
     Args:
         codes: sparse codes of n_rows rows.
@@ -104,7 +105,8 @@ def top_samples(
 
     Example:
         >>> from microtome.metrics import SparseCodes
-        >>> codes = SparseCodes(np.array([[0], [0]], np.uint32), np.array([[1.0], [3.0]], np.float32), d_sae=2)
+        >>> indices, values = np.array([[0], [0]], np.uint32), np.array([[1.0], [3.0]], np.float32)
+        >>> codes = SparseCodes(indices, values, d_sae=2)
         >>> top_samples(codes, {"sample": [0, 1], "position": [4, 5]}, n=1).row(0)
         (0, 1, 1, 5, 3.0)
     """
@@ -152,9 +154,7 @@ def _positions(positions: pl.Series) -> npt.NDArray[np.uint32]:
 def _features(features: npt.ArrayLike, d_sae: int) -> npt.NDArray[np.uint32]:
     wanted = np.asarray(features)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
-        raise ShapeError(
-            f"features: expected a list of feature indices, found {np.shape(wanted)} of {wanted.dtype}"
-        )
+        raise ShapeError(f"features: expected a list of indices, found {wanted.dtype} {wanted.shape}")
     if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= d_sae):
         raise ShapeError(f"features: expected 0 to {d_sae - 1}, found {wanted.min()} to {wanted.max()}")
     return np.ascontiguousarray(wanted, np.uint32)
