@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     )
     from microtome.dictionary import SAE
     from microtome.metrics import (
+        Analysis,
         FeatureStats,
         OddsRatio,
         SparseCodes,
         TopKEncoder,
+        analyse,
         cka_matrix,
         decoder_cosine,
         feature_stats,
@@ -46,10 +48,12 @@ _ROOM_OF = {
     "capture": "capture",
     "Activations": "store",
     "ActivationStore": "store",
+    "Analysis": "metrics",
     "FeatureStats": "metrics",
     "OddsRatio": "metrics",
     "SparseCodes": "metrics",
     "TopKEncoder": "metrics",
+    "analyse": "metrics",
     "cka_matrix": "metrics",
     "decoder_cosine": "metrics",
     "feature_stats": "metrics",

@@ -136,36 +136,68 @@ def decode(
 
 # (slots per row or row pointers, indices, values, d_sae)
 _Codes: TypeAlias = tuple[int | npt.NDArray[np.uint64], npt.NDArray[np.uint32], npt.NDArray[np.float32], int]
-_Groups: TypeAlias = tuple[npt.NDArray[np.uint32], int] | None
 _Progress: TypeAlias = Callable[[int], None] | None
 
-def feature_moments(
-    codes: _Codes, by: _Groups = None, progress: _Progress = None
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float32]]: ...
+FVU_BLOCK_ROWS: int
+
+@final
+class FiringState:
+    def __new__(cls, d_sae: int, n_groups: int, n_rows: int) -> FiringState: ...
+    def update(
+        self, codes: _Codes, groups: npt.NDArray[np.uint32] | None = None, progress: _Progress = None
+    ) -> None: ...
+    def finish(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.uint64], npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float32]
+    ]: ...
+
+@final
+class TopState:
+    def __new__(
+        cls,
+        d_sae: int,
+        n_groups: int,
+        n: int,
+        per_sample: bool,
+        features: npt.NDArray[np.uint32] | None = None,
+    ) -> TopState: ...
+    def update(
+        self,
+        codes: _Codes,
+        samples: npt.NDArray[np.uint64],
+        positions: npt.NDArray[np.uint32],
+        groups: npt.NDArray[np.uint32] | None = None,
+        progress: _Progress = None,
+    ) -> None: ...
+    def finish(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.uint32],
+        npt.NDArray[np.uint32],
+        npt.NDArray[np.uint32],
+        npt.NDArray[np.uint64],
+        npt.NDArray[np.uint32],
+        npt.NDArray[np.float32],
+    ]: ...
+
+@final
+class FvuState:
+    def __new__(cls) -> FvuState: ...
+    def update(self, x: Any, x_hat: Any, progress: _Progress = None) -> None: ...
+    def update_codes(
+        self,
+        x: Any,
+        codes: _Codes,
+        w_dec: CoreInput,
+        b_dec: npt.NDArray[np.float32] | None = None,
+        progress: _Progress = None,
+    ) -> None: ...
+    def finish(self) -> tuple[float, float]: ...
+
 def sample_fires(
     codes: _Codes, order: npt.NDArray[np.uint64], starts: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]: ...
-def top_samples(
-    codes: _Codes,
-    samples: npt.NDArray[np.uint64],
-    positions: npt.NDArray[np.uint32],
-    n: int,
-    per_sample: bool,
-    features: npt.NDArray[np.uint32] | None = None,
-    by: _Groups = None,
-    progress: _Progress = None,
-) -> tuple[
-    npt.NDArray[np.uint32],
-    npt.NDArray[np.uint32],
-    npt.NDArray[np.uint32],
-    npt.NDArray[np.uint64],
-    npt.NDArray[np.uint32],
-    npt.NDArray[np.float32],
-]: ...
-def fvu(x: Any, x_hat: Any, progress: _Progress = None) -> tuple[float, float]: ...
-def fvu_codes(
-    x: Any, codes: _Codes, w_dec: Any, b_dec: npt.NDArray[np.float32] | None = None, progress: _Progress = None
-) -> tuple[float, float]: ...
 
 # --- cka.rs ---------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
-use crate::codes::Codes;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::rows::{Data, Rows};
@@ -222,17 +221,31 @@ pub fn scan<F: Fold>(
     block_rows: usize,
     context: &Context<'_>,
 ) -> Result<F::Partial> {
+    let mut total = fold.init();
+    scan_into(&mut total, sources, fold, block_rows, context)?;
+    Ok(total)
+}
+
+/// As [`scan`], going on from `total`, which holds the rows before these.
+///
+/// Where rows come in pieces of whole blocks, the result is that of one scan over all of them, bit for bit.
+pub fn scan_into<F: Fold>(
+    total: &mut F::Partial,
+    sources: &[&dyn Source],
+    fold: &F,
+    block_rows: usize,
+    context: &Context<'_>,
+) -> Result<()> {
     let n = aligned_rows(sources)?;
     let blocks: Vec<_> = grid(n, block_rows).collect();
-    let mut total = fold.init();
     for wave in blocks.chunks(rayon::current_num_threads().max(1)) {
         for partial in
             map_ordered(wave, context, |range| update_block(sources, fold, range.clone(), context))?
         {
-            fold.merge(&mut total, partial)?;
+            fold.merge(total, partial)?;
         }
     }
-    Ok(total)
+    Ok(())
 }
 
 fn update_block<F: Fold>(
@@ -253,81 +266,17 @@ fn update_block<F: Fold>(
     Ok(partial)
 }
 
-/// Cells that one thread merges at a time.
-pub const PIECE: usize = 1024;
-
-/// A computation over sparse codes whose result is one cell per feature, in each group of rows.
-///
-/// Blocks leave partial results behind; these are merged in block order, in parallel over pieces of [`PIECE`] cells.
-pub trait FeatureFold: Sync {
-    /// Result of one feature in one group.
-    type Cell: Send + Sync;
-    /// What one block leaves behind.
-    type Partial: Send + Sync;
-    /// Number of items the grid divides: the rows, unless the fold says otherwise.
-    fn items(&self, codes: &Codes<'_>) -> usize {
-        codes.n()
-    }
-    /// Items per block of the grid over `n` items; depends on nothing else.
-    fn block_items(&self, n: usize) -> usize;
-    /// Empty cells, group by group.
-    fn cells(&self) -> Vec<Self::Cell>;
-    /// An empty partial result.
-    fn partial(&self) -> Self::Partial;
-    /// Bytes that a partial result takes, about.
-    fn partial_bytes(&self) -> usize;
-    /// Adds the items of `items` to `partial`; `cells` is the state that earlier blocks have left, for screening.
-    fn update(
-        &self,
-        partial: &mut Self::Partial,
-        cells: &[Self::Cell],
-        codes: &Codes<'_>,
-        items: Range<usize>,
-    ) -> Result<()>;
-    /// Adds the share of `partial` that concerns `cells`, the piece that begins at cell `first_cell`.
-    fn merge(&self, first_cell: usize, cells: &mut [Self::Cell], partial: &Self::Partial);
-}
-
-/// Folds sparse codes into one cell per feature: blocks in parallel, then pieces of features in parallel.
-///
-/// As many blocks are in flight as the pool has threads and the memory budget allows; neither number has any influence
-/// on the result.
+/// Number of partial results of `bytes` each that may be in flight: at most one per thread, and within the budget.
 ///
 /// # Errors
-/// [`Error::Shape`] when there is no row; [`Error::Memory`] when one partial result exceeds the budget;
-/// [`Error::Cancelled`]; whatever the fold returns.
-pub fn scan_codes<F: FeatureFold>(
-    codes: &Codes<'_>,
-    fold: &F,
-    context: &Context<'_>,
-) -> Result<Vec<F::Cell>> {
-    if codes.n() == 0 {
-        return Err(Error::shape("codes", "at least one row", "no rows selected"));
+/// [`Error::Memory`] when one of them exceeds the budget.
+pub fn in_flight(what: &str, bytes: usize, hint: &str, context: &Context<'_>) -> Result<usize> {
+    let budget = context.memory_budget;
+    if bytes > budget {
+        let (what, hint) = (what.to_owned(), hint.to_owned());
+        return Err(Error::Memory { what, needed: bytes, budget, hint });
     }
-    let (needed, budget) = (fold.partial_bytes(), context.memory_budget);
-    if needed > budget {
-        let (what, hint) = ("one block of feature cells".to_owned(), "Use fewer groups".to_owned());
-        return Err(Error::Memory { what, needed, budget, hint });
-    }
-    let in_flight = (budget / needed.max(1)).clamp(1, rayon::current_num_threads().max(1));
-    let items = fold.items(codes);
-    let blocks: Vec<_> = grid(items, fold.block_items(items)).collect();
-    let mut cells = fold.cells();
-    for wave in blocks.chunks(in_flight) {
-        let partials = map_ordered(wave, context, |block| {
-            let mut partial = fold.partial();
-            fold.update(&mut partial, &cells, codes, block.clone())?;
-            context.done.fetch_add(block.len() as u64, Ordering::Relaxed);
-            Ok(partial)
-        })?;
-        fill_pieces(&mut cells, PIECE, context, |i, piece| {
-            for partial in &partials {
-                fold.merge(i * PIECE, piece, partial);
-            }
-            Ok(())
-        })?;
-    }
-    Ok(cells)
+    Ok((budget / bytes.max(1)).clamp(1, rayon::current_num_threads().max(1)))
 }
 
 fn aligned_rows(sources: &[&dyn Source]) -> Result<usize> {

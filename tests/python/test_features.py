@@ -54,7 +54,7 @@ def top_definition(dense, samples, positions, n, per_sample=True):
     return table
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
+# --- statistics ------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,7 +166,7 @@ def test_shards_merge_to_the_whole_in_any_bracketing(seed, cuts):
         assert_same(stats, definition(codes.to_dense()))
 
 
-# --- groups ---------------------------------------------------------------------------------------------------------
+# --- groups ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_polars_expression_groups_over_the_row_table():
     assert keyed[0].merge(keyed[1]).fires.tolist() == mt.feature_stats(codes).fires.tolist()
 
 
-# --- gaps and odds --------------------------------------------------------------------------------------------------
+# --- gaps and odds ---------------------------------------------------------------------------------------
 
 
 def test_variance_gap_is_the_difference_of_uncentred_second_moments():
@@ -253,7 +253,7 @@ def test_swapping_the_sets_inverts_the_odds_ratio():
     np.testing.assert_allclose(mt.odds_ratio(s, b).odds_ratio * mt.odds_ratio(b, s).odds_ratio, 1)
 
 
-# --- samples --------------------------------------------------------------------------------------------------------
+# --- samples ---------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -315,7 +315,7 @@ def test_sample_counts_equal_their_definition(seed):
     assert found.merge(found).n_samples == 2 * found.n_samples
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------
 
 
 def ragged(indptr, indices, values, d_sae=4):

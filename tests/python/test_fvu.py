@@ -110,7 +110,11 @@ REFUSALS = {
     ),
     "codes without a decoder": (lambda: mt.fvu(X, CODES), ShapeError, "W_dec"),
     "a decoder without codes": (lambda: mt.fvu(X, X, W_dec=W), ShapeError, "x_hat"),
-    "codes of other rows": (lambda: mt.fvu(X, CODES[:-1], W_dec=W), ShapeError, "codes: expected 50 rows"),
+    "codes of other rows": (
+        lambda: mt.fvu(X, CODES[:-1], W_dec=W),
+        ShapeError,
+        "x_hat: expected codes of 50 rows",
+    ),
     "decoder of another width": (
         lambda: mt.fvu(X, CODES, W_dec=W[:, :-1].copy()),
         ShapeError,

@@ -1,5 +1,6 @@
 """One function per metric: thin, typed entrances to the compiled core. The arithmetic is in Rust."""
 
+from microtome.metrics.analysis import Analysis, analyse
 from microtome.metrics.cka import cka_matrix, linear_cka
 from microtome.metrics.codes import RaggedCodes, SparseCodes
 from microtome.metrics.encode import EncodeReport, TopKEncoder, topk_encode
@@ -9,6 +10,7 @@ from microtome.metrics.reconstruction import fvu
 from microtome.metrics.samples import SampleFires, sample_fires, top_samples
 
 __all__ = [
+    "Analysis",
     "EncodeReport",
     "FeatureStats",
     "OddsRatio",
@@ -16,6 +18,7 @@ __all__ = [
     "SampleFires",
     "SparseCodes",
     "TopKEncoder",
+    "analyse",
     "cka_matrix",
     "feature_stats",
     "fvu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 
@@ -13,16 +14,19 @@ from microtome import _core
 from microtome import progress as progress_bar
 from microtome.errors import DtypeError, ShapeError
 from microtome.metrics.codes import RaggedCodes, SparseCodes
-from microtome.metrics.rowtable import By, RowTable, grouping
+from microtome.metrics.rowtable import By, Grouping, RowTable, grouping
 
 __all__ = ["Codes", "FeatureStats", "feature_stats", "l0", "variance_gap"]
 
 Codes: TypeAlias = SparseCodes | RaggedCodes
 """Sparse codes with a fixed number of slots per row, or ragged ones; their fields may be torch tensors."""
 
-_CoreCodes: TypeAlias = tuple[
+CoreCodes: TypeAlias = tuple[
     "int | npt.NDArray[np.uint64]", npt.NDArray[np.uint32], npt.NDArray[np.float32], int
 ]
+
+STORED_BLOCK_ROWS = 1 << 20
+"""Rows of stored codes that are mapped at a time: enough for every thread to have blocks of the grid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +120,7 @@ def feature_stats(
     number of threads.
 
     Args:
-        codes: sparse codes of n rows.
+        codes: sparse codes of n rows, in memory or in a store.
         by: groups the rows: n labels (integers, strings or booleans), or a polars expression or column name
             over ``rows``.
         rows: row table of n rows (polars frame, mapping of columns, or activations of a store).
@@ -135,19 +139,13 @@ def feature_stats(
         >>> groups["text"].fires
         array([0, 1], dtype=uint64)
     """
-    core = core_codes(codes)
-    n = n_rows(core)
+    n = n_rows(codes)
     groups = grouping(by, rows, n)
+    state = _core.FiringState(codes.d_sae, 1 if groups is None else len(groups.keys), n)
     with progress_bar.bar("feature statistics", n, progress) as done:
-        argument = None if groups is None else (groups.of_rows, len(groups.keys))
-        columns = _core.feature_moments(core, argument, done)
-    if groups is None:
-        return FeatureStats(n, *columns)
-    fires, total, total_sq, largest = (column.reshape(len(groups.keys), -1) for column in columns)
-    return {
-        key: FeatureStats(int(size), fires[g], total[g], total_sq[g], largest[g])
-        for g, (key, size) in enumerate(zip(groups.keys, groups.sizes(), strict=True))
-    }
+        for span, block in code_blocks(codes):
+            state.update(block, part(groups, span), offset(done, span.start))
+    return firing_stats(state, groups, n)
 
 
 def variance_gap(vision: FeatureStats | Codes, text: FeatureStats | Codes) -> npt.NDArray[np.float64]:
@@ -184,15 +182,13 @@ def l0(codes: FeatureStats | Codes) -> float:
     return float(stats.fires.sum() / stats.n_tokens)
 
 
-def core_codes(codes: Codes, name: str = "codes") -> _CoreCodes:
+def core_codes(codes: Codes, name: str = "codes") -> CoreCodes:
     """Codes as the core takes them: row pointers or slots per row, indices, values, width.
 
     Raises:
-        DtypeError: not sparse codes, or indices that are not integers.
-        ShapeError: no rows, or no slots.
+        DtypeError: indices that are not integers, or activations that are not floating point.
+        ShapeError: no slots, or shapes that differ.
     """
-    if not all(hasattr(codes, field) for field in ("indices", "values", "d_sae")):
-        raise DtypeError(f"{name}: expected SparseCodes or RaggedCodes, found {type(codes).__name__}")
     indices, values = _host(codes.indices), _host(codes.values)
     if indices.dtype.kind not in "iu":
         raise DtypeError(f"{name}.indices: expected integers, found {indices.dtype}")
@@ -212,15 +208,57 @@ def core_codes(codes: Codes, name: str = "codes") -> _CoreCodes:
     if indptr is None and indices.shape[1] == 0:
         raise ShapeError(f"{name}: expected at least one slot per row, found shape {indices.shape}")
     pointers = indices.shape[1] if indptr is None else np.ascontiguousarray(_host(indptr), np.uint64)
-    if (len(indices) if isinstance(pointers, int) else len(pointers) - 1) == 0:
-        raise ShapeError(f"{name}: expected at least one row, found no rows selected")
     return pointers, flat, activations, codes.d_sae
 
 
-def n_rows(codes: _CoreCodes) -> int:
-    """Number of rows of codes as the core takes them."""
-    pointers, indices, *_ = codes
-    return len(indices) // pointers if isinstance(pointers, int) else len(pointers) - 1
+def n_rows(codes: Codes | Any, name: str = "codes") -> int:
+    """Number of rows of codes.
+
+    Raises:
+        DtypeError: not sparse codes.
+        ShapeError: no rows.
+    """
+    if not all(hasattr(codes, field) for field in ("indices", "values", "d_sae")):
+        raise DtypeError(f"{name}: expected SparseCodes or RaggedCodes, found {type(codes).__name__}")
+    if len(codes) == 0:
+        raise ShapeError(f"{name}: expected at least one row, found no rows selected")
+    return len(codes)
+
+
+def code_blocks(codes: Codes | Any) -> Iterator[tuple[slice, CoreCodes]]:
+    """Codes as the core takes them, and the rows they cover: memory at once, a store block by block."""
+    if not hasattr(codes, "blocks"):
+        core = core_codes(codes)
+        yield slice(0, len(codes)), core
+        return
+    start = 0
+    for block in codes.blocks(STORED_BLOCK_ROWS):
+        yield slice(start, start + len(block)), core_codes(block)
+        start += len(block)
+
+
+def offset(done: Callable[[int], None], first: int) -> Callable[[int], None]:
+    """Reports progress within a block that begins at row ``first``."""
+    return lambda rows: done(first + rows)
+
+
+def part(groups: Grouping | None, span: slice) -> npt.NDArray[np.uint32] | None:
+    """The groups of the rows of ``span``."""
+    return None if groups is None else groups.of_rows[span]
+
+
+def firing_stats(
+    state: _core.FiringState, groups: Grouping | None, n: int
+) -> FeatureStats | dict[Any, FeatureStats]:
+    """What a finished state holds: one :class:`FeatureStats`, or one for each group."""
+    columns = state.finish()
+    if groups is None:
+        return FeatureStats(n, *columns)
+    fires, total, total_sq, largest = (column.reshape(len(groups.keys), -1) for column in columns)
+    return {
+        key: FeatureStats(int(size), fires[g], total[g], total_sq[g], largest[g])
+        for g, (key, size) in enumerate(zip(groups.keys, groups.sizes(), strict=True))
+    }
 
 
 def _host(values: Any) -> npt.NDArray[Any]:

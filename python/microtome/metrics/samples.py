@@ -11,8 +11,15 @@ import polars as pl
 from microtome import _core
 from microtome import progress as progress_bar
 from microtome.errors import ShapeError
-from microtome.metrics.features import Codes, core_codes, n_rows
-from microtome.metrics.rowtable import By, RowTable, columns, grouping, sample_numbers
+from microtome.metrics.features import Codes, code_blocks, core_codes, n_rows, offset, part
+from microtome.metrics.rowtable import (
+    By,
+    Grouping,
+    RowTable,
+    columns,
+    grouping,
+    sample_numbers,
+)
 
 __all__ = ["SampleFires", "sample_fires", "top_samples"]
 
@@ -63,8 +70,9 @@ def sample_fires(codes: Codes, rows: RowTable) -> SampleFires:
         >>> sample_fires(codes, {"sample": [7, 7]}).fires
         array([1, 0], dtype=uint64)
     """
-    core = core_codes(codes)
-    table = columns(rows, [pl.col("sample")], n_rows(core))
+    n = n_rows(codes)
+    core = core_codes(codes[:] if hasattr(codes, "blocks") else codes)
+    table = columns(rows, [pl.col("sample")], n)
     samples, _ = sample_numbers(table["sample"])
     order = np.argsort(samples, kind="stable").astype(np.uint64)
     edges = np.flatnonzero(np.diff(samples[order])) + 1
@@ -84,8 +92,8 @@ def top_samples(
 ) -> pl.DataFrame:
     """The samples that activate each feature most, by the maximum over their tokens.
 
-    Ties go to the smaller sample, then to the smaller position: the table is the same for any order of rows and
-    any number of threads.
+    Ties go to the smaller sample, then to the smaller position: the table is the same for any order of rows
+    and any number of threads.
 
     Args:
         codes: sparse codes of n_rows rows.
@@ -110,30 +118,56 @@ def top_samples(
         >>> top_samples(codes, {"sample": [0, 1], "position": [4, 5]}, n=1).row(0)
         (0, 1, 1, 5, 3.0)
     """
-    core = core_codes(codes)
-    height = n_rows(core)
     if n < 1:
         raise ShapeError(f"n: expected at least 1, found {n}")
-    table = columns(rows, [pl.col("sample"), pl.col("position")], height)
-    samples, ids = sample_numbers(table["sample"])
+    height = n_rows(codes)
+    labels = row_labels(rows, height)
     groups = grouping(by, rows, height)
     wanted = None if features is None else _features(features, codes.d_sae)
+    state = _core.TopState(codes.d_sae, 1 if groups is None else len(groups.keys), n, per_sample, wanted)
     with progress_bar.bar("top samples", height, progress) as done:
-        group, feature, rank, sample, position, activation = _core.top_samples(
-            core,
-            samples,
-            _positions(table["position"]),
-            n,
-            per_sample,
-            wanted,
-            None if groups is None else (groups.of_rows, len(groups.keys)),
-            done,
-        )
+        for span, block in code_blocks(codes):
+            samples, positions = labels.samples[span], labels.positions[span]
+            state.update(block, samples, positions, part(groups, span), offset(done, span.start))
+    return top_table(state, labels, groups, wanted)
+
+
+@dataclass(frozen=True, eq=False)
+class RowLabels:
+    """Sample and position of each row, as the core takes them."""
+
+    samples: npt.NDArray[np.uint64]
+    """Number of the sample, (n,)."""
+    positions: npt.NDArray[np.uint32]
+    """Position of the token in its sample, (n,)."""
+    ids: pl.Series | None
+    """Id of each sample number; None where the numbers are the ids."""
+
+
+def row_labels(rows: RowTable, n: int) -> RowLabels:
+    """Columns ``sample`` and ``position`` of a row table with ``n`` rows.
+
+    Raises:
+        ShapeError: a missing column, another number of rows, a null or a negative position.
+    """
+    table = columns(rows, [pl.col("sample"), pl.col("position")], n)
+    samples, ids = sample_numbers(table["sample"])
+    return RowLabels(samples, _positions(table["position"]), ids)
+
+
+def top_table(
+    state: _core.TopState,
+    labels: RowLabels,
+    groups: Grouping | None,
+    wanted: npt.NDArray[np.uint32] | None = None,
+) -> pl.DataFrame:
+    """What a finished state holds, as the table of :func:`top_samples`."""
+    group, feature, rank, sample, position, activation = state.finish()
     frame = pl.DataFrame(
         {
             "feature": feature if wanted is None else wanted[feature],
             "rank": rank,
-            "sample": sample if ids is None else ids.gather(sample),
+            "sample": sample if labels.ids is None else labels.ids.gather(sample),
             "position": position,
             "activation": activation,
         }
@@ -154,7 +188,7 @@ def _positions(positions: pl.Series) -> npt.NDArray[np.uint32]:
 def _features(features: npt.ArrayLike, d_sae: int) -> npt.NDArray[np.uint32]:
     wanted = np.asarray(features)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
-        raise ShapeError(f"features: expected a list of indices, found {wanted.dtype} {wanted.shape}")
+        raise ShapeError(f"features: expected a list of integers, found an array of kind {wanted.dtype.kind}")
     if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= d_sae):
         raise ShapeError(f"features: expected 0 to {d_sae - 1}, found {wanted.min()} to {wanted.max()}")
     return np.ascontiguousarray(wanted, np.uint32)

@@ -1,39 +1,51 @@
-//! Feature statistics from sparse codes: firing counts, sums, sums of squares and maxima, by group of rows.
+//! Feature statistics from sparse codes: firing counts, sums, sums of squares and maxima, by group of rows; and in how
+//! many samples a feature fires.
 //!
 //! p = fires / n (firing frequency), E[h²] = Σh² / n (uncentred), E[h] = Σh / n, with n the number of tokens of the
 //! group. Firing counts per sample count a sample once, however many of its tokens fire.
 
 use std::ops::Range;
 
-use super::{FeatureFold, Groups};
+use super::features::{FeatureFold, Labelled};
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::kernels::moments::{Moments, accumulate};
+use crate::scan::{Context, grid, in_flight, map_ordered};
 
-/// Blocks that a scan of codes is cut into at most: each costs one pass over the accumulators to clear and to merge.
+/// Blocks that the rows are cut into at most: each costs one pass over the accumulators to clear and to merge.
 const BLOCKS: usize = 64;
 /// Rows per block at least, for the same reason.
 const MIN_BLOCK_ROWS: usize = 16_384;
 
 /// Moments of every feature, in every group of rows.
 #[derive(Clone, Copy, Debug)]
-pub struct Firing<'a> {
-    /// Number of features.
-    pub d_sae: usize,
-    /// Group of each row.
-    pub groups: Groups<'a>,
+pub struct Firing {
+    d_sae: usize,
+    n_groups: usize,
+    block_rows: usize,
 }
 
-impl FeatureFold for Firing<'_> {
+impl Firing {
+    /// Moments of `d_sae` features in `n_groups` groups of `n` rows in all. The grid depends on `n` alone.
+    pub fn new(d_sae: usize, n_groups: usize, n: usize) -> Self {
+        Self { d_sae, n_groups, block_rows: n.div_ceil(BLOCKS).max(MIN_BLOCK_ROWS) }
+    }
+}
+
+impl FeatureFold for Firing {
     type Cell = Moments;
     type Partial = Vec<Moments>;
 
-    fn cells(&self) -> Vec<Moments> {
-        vec![Moments::default(); self.groups.n() * self.d_sae]
+    fn n_groups(&self) -> usize {
+        self.n_groups
     }
 
-    fn block_items(&self, n: usize) -> usize {
-        n.div_ceil(BLOCKS).max(MIN_BLOCK_ROWS)
+    fn block_rows(&self) -> usize {
+        self.block_rows
+    }
+
+    fn cells(&self) -> Vec<Moments> {
+        vec![Moments::default(); self.n_groups * self.d_sae]
     }
 
     fn partial(&self) -> Vec<Moments> {
@@ -41,20 +53,21 @@ impl FeatureFold for Firing<'_> {
     }
 
     fn partial_bytes(&self) -> usize {
-        self.groups.n() * self.d_sae * size_of::<Moments>()
+        self.n_groups * self.d_sae * size_of::<Moments>()
     }
 
     fn update(
         &self,
         partial: &mut Vec<Moments>,
         _cells: &[Moments],
-        codes: &Codes<'_>,
+        block: &Labelled<'_>,
         rows: Range<usize>,
     ) -> Result<()> {
-        let sound = match self.groups.of_rows() {
+        let codes = &block.codes;
+        let sound = match block.groups {
             None => {
                 let (indices, values) = codes.slots(rows.clone());
-                accumulate(partial, indices, values)
+                accumulate(&mut partial[..self.d_sae], indices, values)
             }
             Some(groups) => rows.clone().all(|r| {
                 let (indices, values) = codes.row(r);
@@ -72,97 +85,69 @@ impl FeatureFold for Firing<'_> {
     }
 }
 
-/// Number of samples of which at least one token fires, for every feature.
-#[derive(Clone, Copy, Debug)]
-pub struct SampleFires<'a> {
-    d_sae: usize,
-    order: &'a [u64],
-    starts: &'a [u64],
-}
-
-impl<'a> SampleFires<'a> {
-    /// `order[starts[s]..starts[s + 1]]` are the rows of sample `s`.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when `starts` does not run from 0 to the number of rows, or a row is not below that number.
-    pub fn new(d_sae: usize, order: &'a [u64], starts: &'a [u64]) -> Result<Self> {
-        let n = order.len() as u64;
-        if (starts.first(), starts.last()) != (Some(&0), Some(&n)) || !starts.is_sorted() {
-            return Err(Error::shape(
-                "starts",
-                format!("a rising sequence from 0 to {n}"),
-                format!("{starts:?}"),
-            ));
-        }
-        match order.iter().find(|&&row| row >= n) {
-            Some(row) => Err(Error::shape("order", format!("rows below {n}"), format!("{row}"))),
-            None => Ok(Self { d_sae, order, starts }),
-        }
-    }
-}
-
 /// Samples per block.
 const BLOCK_SAMPLES: usize = 4096;
 
-/// Counts of one block of samples.
-#[derive(Debug)]
-pub struct SampleCounts {
-    fires: Vec<u32>,
-    /// 1 + the sample in which the feature fired last, 0 for none.
-    last: Vec<u32>,
+/// Number of samples of which at least one token fires, for every feature. `order` lists the rows sample by sample:
+/// `order[starts[s]..starts[s + 1]]` are those of sample `s`.
+///
+/// # Errors
+/// [`Error::Shape`] when `order` and `starts` do not describe the rows of `codes`; faults of the codes;
+/// [`Error::Cancelled`].
+pub fn sample_fires(
+    codes: &Codes<'_>,
+    order: &[u64],
+    starts: &[u64],
+    context: &Context<'_>,
+) -> Result<Vec<u64>> {
+    let n = codes.n() as u64;
+    if n == 0 {
+        return Err(Error::shape("codes", "at least one row", "no rows selected"));
+    }
+    if (starts.first(), starts.last()) != (Some(&0), Some(&n)) || !starts.is_sorted() {
+        return Err(Error::shape(
+            "starts",
+            format!("a rising sequence from 0 to {n}"),
+            format!("{starts:?}"),
+        ));
+    }
+    if order.len() as u64 != n || order.iter().any(|&row| row >= n) {
+        return Err(Error::shape("order", format!("the rows 0 to {n}"), format!("{} entries", order.len())));
+    }
+    let bytes = codes.d_sae() * 2 * size_of::<u32>();
+    let in_flight = in_flight("firing counts of one block of samples", bytes, "", context)?;
+    let mut fires = vec![0; codes.d_sae()];
+    for wave in grid(starts.len() - 1, BLOCK_SAMPLES).collect::<Vec<_>>().chunks(in_flight) {
+        let counts =
+            map_ordered(wave, context, |samples| count_samples(codes, order, starts, samples.clone()))?;
+        for block in counts {
+            fires.iter_mut().zip(block).for_each(|(f, c): (&mut u64, u32)| *f += u64::from(c));
+        }
+    }
+    Ok(fires)
 }
 
-impl FeatureFold for SampleFires<'_> {
-    type Cell = u64;
-    type Partial = SampleCounts;
-
-    fn items(&self, _codes: &Codes<'_>) -> usize {
-        self.starts.len() - 1
-    }
-
-    fn cells(&self) -> Vec<u64> {
-        vec![0; self.d_sae]
-    }
-
-    fn block_items(&self, _n: usize) -> usize {
-        BLOCK_SAMPLES
-    }
-
-    fn partial(&self) -> SampleCounts {
-        SampleCounts { fires: vec![0; self.d_sae], last: vec![0; self.d_sae] }
-    }
-
-    fn partial_bytes(&self) -> usize {
-        self.d_sae * 2 * size_of::<u32>()
-    }
-
-    fn update(
-        &self,
-        partial: &mut SampleCounts,
-        _cells: &[u64],
-        codes: &Codes<'_>,
-        samples: Range<usize>,
-    ) -> Result<()> {
-        for (mark, sample) in (1..).zip(samples) {
-            for &row in &self.order[self.starts[sample] as usize..self.starts[sample + 1] as usize] {
-                let (indices, values) = codes.row(row as usize);
-                for (&index, &h) in indices.iter().zip(values) {
-                    if !h.is_finite() || (h != 0.0 && index as usize >= self.d_sae) {
-                        return Err(codes.fault(row as usize..row as usize + 1));
-                    }
-                    if h > 0.0 && partial.last[index as usize] != mark {
-                        partial.last[index as usize] = mark;
-                        partial.fires[index as usize] += 1;
-                    }
+fn count_samples(
+    codes: &Codes<'_>,
+    order: &[u64],
+    starts: &[u64],
+    samples: Range<usize>,
+) -> Result<Vec<u32>> {
+    let mut fires = vec![0; codes.d_sae()];
+    let mut last = vec![0; codes.d_sae()]; // 1 + the sample of the block in which a feature fired last
+    for (mark, sample) in (1_u32..).zip(samples) {
+        for &row in &order[starts[sample] as usize..starts[sample + 1] as usize] {
+            let (indices, values) = codes.row(row as usize);
+            for (&index, &h) in indices.iter().zip(values) {
+                if !h.is_finite() || (h != 0.0 && index as usize >= codes.d_sae()) {
+                    return Err(codes.fault(row as usize..row as usize + 1));
+                }
+                if h > 0.0 && last[index as usize] != mark {
+                    last[index as usize] = mark;
+                    fires[index as usize] += 1;
                 }
             }
         }
-        Ok(())
     }
-
-    fn merge(&self, first_cell: usize, cells: &mut [u64], partial: &SampleCounts) {
-        for (cell, &fires) in cells.iter_mut().zip(&partial.fires[first_cell..]) {
-            *cell += u64::from(fires);
-        }
-    }
+    Ok(fires)
 }

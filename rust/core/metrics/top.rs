@@ -11,8 +11,7 @@
 use std::cmp::Ordering;
 use std::ops::Range;
 
-use super::{FeatureFold, Groups, PIECE};
-use crate::codes::Codes;
+use super::features::{FeatureFold, Labelled, PIECE};
 use crate::error::{Error, Result};
 
 /// Rows screened before thresholds are raised again.
@@ -77,13 +76,11 @@ impl Best {
 
 /// The best `n` hits of every feature, in every group of rows. One list per group and feature.
 #[derive(Clone, Debug)]
-pub struct TopSamples<'a> {
+pub struct TopSamples {
     d_sae: usize,
     n: usize,
     per_sample: bool,
-    samples: &'a [u64],
-    positions: &'a [u32],
-    groups: Groups<'a>,
+    n_groups: usize,
     /// For each feature the number of its list, or `NO_LIST`; `None` means that all features have one.
     lists: Option<Vec<u32>>,
     n_lists: usize,
@@ -115,29 +112,17 @@ pub struct Table {
     pub activation: Vec<f32>,
 }
 
-impl<'a> TopSamples<'a> {
-    /// The best `n` samples of each feature, where row `r` is token `positions[r]` of sample `samples[r]`.
+impl TopSamples {
+    /// The best `n` samples of each of `d_sae` features, in `n_groups` groups of rows. With `per_sample` a sample enters
+    /// a list once, with its largest activation.
     ///
     /// # Errors
     /// [`Error::Shape`] when `n` is zero.
-    pub fn new(d_sae: usize, n: usize, samples: &'a [u64], positions: &'a [u32]) -> Result<Self> {
+    pub fn new(d_sae: usize, n: usize, per_sample: bool, n_groups: usize) -> Result<Self> {
         if n == 0 {
             return Err(Error::shape("n", "at least 1", "0"));
         }
-        let (groups, lists) = (Groups::ONE, None);
-        Ok(Self { d_sae, n, per_sample: true, samples, positions, groups, lists, n_lists: d_sae })
-    }
-
-    /// Whether a sample enters a list once, with its largest activation.
-    #[must_use]
-    pub fn per_sample(self, per_sample: bool) -> Self {
-        Self { per_sample, ..self }
-    }
-
-    /// Lists for every group of rows.
-    #[must_use]
-    pub fn groups(self, groups: Groups<'a>) -> Self {
-        Self { groups, ..self }
+        Ok(Self { d_sae, n, per_sample, n_groups, lists: None, n_lists: d_sae })
     }
 
     /// Lists for these features alone, in this order; `None` means all.
@@ -186,20 +171,24 @@ impl<'a> TopSamples<'a> {
     }
 }
 
-impl FeatureFold for TopSamples<'_> {
+impl FeatureFold for TopSamples {
     type Cell = Best;
     type Partial = Vec<Vec<Candidate>>;
 
     fn cells(&self) -> Vec<Best> {
-        vec![Best::default(); self.groups.n() * self.n_lists]
+        vec![Best::default(); self.n_groups * self.n_lists]
     }
 
-    fn block_items(&self, _n: usize) -> usize {
+    fn n_groups(&self) -> usize {
+        self.n_groups
+    }
+
+    fn block_rows(&self) -> usize {
         BLOCK_ROWS
     }
 
     fn partial(&self) -> Self::Partial {
-        vec![Vec::new(); (self.groups.n() * self.n_lists).div_ceil(PIECE)]
+        vec![Vec::new(); (self.n_groups * self.n_lists).div_ceil(PIECE)]
     }
 
     fn partial_bytes(&self) -> usize {
@@ -210,12 +199,17 @@ impl FeatureFold for TopSamples<'_> {
         &self,
         partial: &mut Self::Partial,
         cells: &[Best],
-        codes: &Codes<'_>,
+        block: &Labelled<'_>,
         rows: Range<usize>,
     ) -> Result<()> {
+        let codes = &block.codes;
+        if block.samples.len() != codes.n() || block.positions.len() != codes.n() {
+            let found = format!("{} samples, {} positions", block.samples.len(), block.positions.len());
+            return Err(Error::shape("rows", format!("{} of each", codes.n()), found));
+        }
         for r in rows {
             let (indices, values) = codes.row(r);
-            let first = self.groups.of(r) * self.n_lists;
+            let first = block.group(r) * self.n_lists;
             for (&feature, &activation) in indices.iter().zip(values) {
                 if !activation.is_finite() || (activation != 0.0 && feature as usize >= self.d_sae) {
                     return Err(codes.fault(r..r + 1));
@@ -226,7 +220,7 @@ impl FeatureFold for TopSamples<'_> {
                 let Some(list) = self.list(feature) else { continue };
                 let cell = first + list;
                 if activation >= cells[cell].threshold {
-                    let hit = Hit { activation, position: self.positions[r], sample: self.samples[r] };
+                    let hit = Hit { activation, position: block.positions[r], sample: block.samples[r] };
                     partial[cell / PIECE].push(Candidate { cell, hit });
                 }
             }
