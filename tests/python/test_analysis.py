@@ -19,7 +19,9 @@ X = RNG.standard_normal((N, D), dtype=F32)
 W_ENC = RNG.standard_normal((D, D_SAE), dtype=F32)
 W_DEC = RNG.standard_normal((D_SAE, D), dtype=F32)
 B_DEC = RNG.standard_normal(D, dtype=F32)
-ROWS = pl.DataFrame({"sample": np.arange(N) // 7, "position": np.arange(N) % 7, "kind": ["image", "text"] * (N // 2)})
+ROWS = pl.DataFrame(
+    {"sample": np.arange(N) // 7, "position": np.arange(N) % 7, "kind": ["image", "text"] * (N // 2)}
+)
 
 
 def encoder(**options):
@@ -86,7 +88,9 @@ def test_a_store_is_analysed_as_its_rows_in_memory(tmp_path):
     )
     model = transformers.LlamaForCausalLM(config)
     path = tmp_path / "run"
-    with mt.capture(model, path, hooks=["blocks.0.hook_resid_post"], dtype="bfloat16", step_rows=40) as recorder:
+    with mt.capture(
+        model, path, hooks=["blocks.0.hook_resid_post"], dtype="bfloat16", step_rows=40
+    ) as recorder:
         for i in range(5):
             recorder.samples(ids=[i], half=["a" if i < 2 else "b"])
             with torch.no_grad():
@@ -106,7 +110,11 @@ def test_a_store_is_analysed_as_its_rows_in_memory(tmp_path):
 REFUSALS = {
     "no rows": (lambda: mt.analyse(X[:0], encoder()), ShapeError, "no rows selected"),
     "not an encoder": (lambda: mt.analyse(X, W_ENC), DtypeError, "encoder"),
-    "codes of a whole batch": (lambda: mt.analyse(X, encoder(activation="batch_topk")), ShapeError, "batch_topk"),
+    "codes of a whole batch": (
+        lambda: mt.analyse(X, encoder(activation="batch_topk")),
+        ShapeError,
+        "batch_topk",
+    ),
     "bias without decoder": (lambda: mt.analyse(X, encoder(), b_dec=B_DEC), ShapeError, "W_dec"),
     "decoder of another width": (lambda: mt.analyse(X, encoder(), W_dec=W_DEC[1:]), ShapeError, "W_dec"),
     "negative top": (lambda: mt.analyse(X, encoder(), top=-1), ShapeError, "top"),

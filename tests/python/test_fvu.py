@@ -113,7 +113,7 @@ REFUSALS = {
     "codes of other rows": (
         lambda: mt.fvu(X, CODES[:-1], W_dec=W),
         ShapeError,
-        "x_hat: expected codes of 50 rows",
+        "x_hat: expected codes",
     ),
     "decoder of another width": (
         lambda: mt.fvu(X, CODES, W_dec=W[:, :-1].copy()),

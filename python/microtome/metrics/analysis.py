@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Analysis", "analyse"]
 
 _BLOCK_ROWS = 16 * _core.FVU_BLOCK_ROWS
-"""Rows encoded, counted and decoded together: whole blocks of the FVU's grid, for the bits of separate passes."""
+"""Rows that go through together: whole blocks of the FVU's grid, for the bits of separate passes."""
 
 Encode: TypeAlias = Callable[[Any], Codes]
 
@@ -62,18 +62,18 @@ def analyse(
     """Encode, count, rank and reconstruct in one pass: every row is read once, and its codes are not kept.
 
     Rows go through in blocks of a few thousand; a block's activations and codes are in cache while they are
-    counted and decoded. Memory does not grow with the rows, but for 16 bytes each of labels (sample, position,
-    group). Numbers are those of :func:`feature_stats`, :func:`top_samples` and :func:`fvu`, bit for bit.
+    counted and decoded. Memory does not grow with the rows, but for 16 bytes each of labels (sample,
+    position, group). Numbers are those of :func:`feature_stats`, :func:`top_samples` and :func:`fvu`, bit for bit.
 
     Args:
         x: activations (n, d_in): tensor, array or activations of a store.
-        encoder: a dictionary with ``encode`` and ``decode`` (:class:`microtome.SAE`), or an encoder that maps rows
-            to codes (:class:`TopKEncoder`).
+        encoder: a dictionary with ``encode`` and ``decode`` (:class:`microtome.SAE`), or an encoder that maps
+            rows to codes (:class:`TopKEncoder`).
         W_dec: decoder (d_sae, d_in) for the FVU, where ``encoder`` has no ``decode``.
         b_dec: bias of that decoder, (d_in,).
         by: groups the rows, as in :func:`feature_stats`.
-        rows: row table with ``sample`` and ``position``; that of ``x`` where it has one. Without any, every row
-            stands for a sample of its own.
+        rows: row table with ``sample`` and ``position``; that of ``x`` where it has one. Without any, every
+            row stands for a sample of its own.
         top: samples per feature in the table of top samples; 0 for none.
         progress: show a bar on a terminal.
 

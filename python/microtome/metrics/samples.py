@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -186,9 +187,9 @@ def _positions(positions: pl.Series) -> npt.NDArray[np.uint32]:
 
 
 def _features(features: npt.ArrayLike, d_sae: int) -> npt.NDArray[np.uint32]:
-    wanted = np.asarray(features)
+    wanted: npt.NDArray[Any] = np.asarray(features)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
-        raise ShapeError(f"features: expected a list of integers, found an array of kind {wanted.dtype.kind}")
+        raise ShapeError(f"features: expected a list of integers, found {wanted.dtype} {wanted.shape}")
     if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= d_sae):
         raise ShapeError(f"features: expected 0 to {d_sae - 1}, found {wanted.min()} to {wanted.max()}")
     return np.ascontiguousarray(wanted, np.uint32)
