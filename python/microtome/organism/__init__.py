@@ -3,7 +3,7 @@
     >>> from microtome import organism
     >>> item = organism.questions("colour", "visual", 1)[0]
     >>> item.prompt
-    '<image> what colour is square ?'
+    '<image> what colour is circle ?'
 
 Both models are stock transformers classes and load offline: what runs on them runs on published LLaVA models.
 """

@@ -31,7 +31,7 @@ from microtome.organism.tasks import FORMS, TASKS, questions
 from microtome.organism.vision import train_vision
 from microtome.organism.vocabulary import build_processor, build_tokenizer
 
-ROWS, LENGTH = 40, 128
+LENGTH = 128  # tokens a row
 LOG_EVERY, SAVE_EVERY = 50, 200
 
 
@@ -56,12 +56,13 @@ class Stage:
 
     name: str
     seed: int
+    rows: int  # of a batch
     images: float  # share of rows that show their scene instead of describing it
     schedule: Schedule
 
 
-LANGUAGE = Stage("base_lm", 1, 0.0, Schedule(1e-3, 100, 3000, 600))
-MULTIMODAL = Stage("vlm", 2, 0.75, Schedule(1e-3, 100, 2000, 500))
+LANGUAGE = Stage("base_lm", 1, 40, 0.0, Schedule(1e-3, 100, 3000, 600))
+MULTIMODAL = Stage("vlm", 2, 24, 0.75, Schedule(1e-3, 100, 2000, 500))
 
 
 def logits_of(model: nn.Module, packed: Batch) -> torch.Tensor:
@@ -162,7 +163,7 @@ class Run:
         rate = schedule.at(progress.step, progress.decays_from)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        packed = batch(progress.curriculum.mix(self.stage.images), ROWS, LENGTH, self.rng)
+        packed = batch(progress.curriculum.mix(self.stage.images), self.stage.rows, LENGTH, self.rng)
         logits = logits_of(self.model, packed)
         loss = loss_of(logits, packed)
         self.optimizer.zero_grad()
@@ -250,8 +251,9 @@ def train(out: Path, seed: int = 0) -> None:
     language = language_model(out, seed)
     vision = vision_tower(out, seed)
     vlm = assemble(language, vision)
-    export(language, out / "base_lm")
-    score(language, out, "base_lm", ("textual",))
+    if not (out / "base_lm").exists():
+        export(language, out / "base_lm")
+        score(language, out, "base_lm", ("textual",))
     Run(replace(MULTIMODAL, seed=seed + MULTIMODAL.seed), vlm, out).finish()
     export(vlm, out / "vlm")
     score(vlm, out, "vlm", FORMS)
