@@ -10,6 +10,7 @@ from typing import Any
 
 from microtome.circuits.chance import expected_iou
 from microtome.circuits.circuit import Circuit, CircuitShape
+from microtome.circuits.edge_graph import EdgeGraph
 from microtome.circuits.overlap import circuit_iou, circuit_niou, compare_circuits
 from microtome.circuits.positions import PositionMap
 from microtome.circuits.scores import MIB_SIZES, SIZES, NodeScores
@@ -43,6 +44,7 @@ if find_spec("torch") is not None:
         back_patch_iterated,
         gap_closed,
     )
+    from microtome.circuits.edges import attribute_edges
     from microtome.circuits.faithfulness import (
         Curve,
         Faithfulness,
@@ -83,6 +85,7 @@ __all__ = [
     "CircuitShape",
     "Cost",
     "Curve",
+    "EdgeGraph",
     "Effect",
     "Faithfulness",
     "FeatureScores",
@@ -103,6 +106,7 @@ __all__ = [
     "attention_implementation",
     "attention_maps",
     "attribute",
+    "attribute_edges",
     "back_patch",
     "back_patch_iterated",
     "bootstrap",

@@ -14,8 +14,6 @@ attention keys are attributed per query head, as if repeated, so every head has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +23,6 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from microtome.circuits.attention import attention_implementation
 from microtome.circuits.forward import (
     Merged,
     as_pair_set,
@@ -35,6 +32,7 @@ from microtome.circuits.forward import (
     on_residuals,
 )
 from microtome.circuits.pairs import PairBatch, PairSet
+from microtome.circuits.watched import Watch, watched_attention
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
@@ -42,7 +40,6 @@ __all__ = ["FeatureScores", "MeanEmbedding", "feature_attribution", "mean_embedd
 
 Targets = Literal["text", "argmax", "last"]
 Site = Literal["q", "k", "z"]
-_IMPLEMENTATION = "microtome_repeated_keys"
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +165,7 @@ def feature_attribution(
     with (
         left_as_found(model),
         torch.inference_mode(False),
-        _repeated_keys(model) as watch,
+        watched_attention(model) as watch,
         bar("feature attribution", len(pairs), progress, "prompts") as done,
     ):
         seen = 0
@@ -196,9 +193,6 @@ def _corrupted(adapter: Any, batch: PairBatch, clean: Merged, mean: MeanEmbeddin
 
     embeds[visual] = spread(mean.embedding, embeds[visual])
     return clean.at(embeds, [spread(m, x) for m, x in zip(mean.deepstack, clean.deepstack, strict=True)])
-
-
-Watch = Callable[[Callable[[str, int, Tensor], Tensor] | None], None]
 
 
 @dataclass(eq=False)
@@ -263,52 +257,3 @@ class _Run:
         sees_image = text & ((~text).cumsum(-1) > 0)  # what comes before the image cannot depend on it
         projections = (clean_resid.float() @ self.direction).masked_fill(~sees_image, -torch.inf)
         return where.scatter(1, projections.argmax(-1, keepdim=True), 1.0)
-
-
-@contextmanager
-def _repeated_keys(model: Any) -> Iterator[Watch]:
-    """Eager attention with keys repeated for every query head, which shows q, k and z on their way."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    seen: list[Callable[[str, int, Tensor], Tensor]] = []
-
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        layer = getattr(module, "layer_idx", None)
-        see = seen[0] if seen and layer is not None else lambda _site, _layer, x: x
-        query, key = see("q", layer, query), see("k", layer, key)
-        scaling = options.get("scaling")
-        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        cap = options.get("softcap")
-        scores = scores if cap is None else torch.tanh(scores / cap) * cap
-        weights = (
-            (scores + _additive(attention_mask, scores, module)).softmax(-1, torch.float32).to(query.dtype)
-        )
-        z = see("z", layer, weights @ value)
-        return z.transpose(1, 2).contiguous(), weights
-
-    AttentionInterface.register(_IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
-
-    def watch(see: Callable[[str, int, Tensor], Tensor] | None) -> None:
-        seen[:] = [] if see is None else [see]
-
-    with attention_implementation(model, _IMPLEMENTATION):
-        yield watch
-
-
-def _additive(mask: Tensor | None, scores: Tensor, module: Any) -> Tensor:
-    """A mask to add to the scores: given, from booleans, or causal where none is given."""
-    lowest = torch.finfo(scores.dtype).min
-    if mask is None:
-        q, k = scores.shape[-2:]
-        if not getattr(module, "is_causal", True):
-            return scores.new_zeros(())
-        seen = torch.ones(q, k, dtype=torch.bool, device=scores.device).tril(k - q)
-        return torch.where(seen, 0.0, lowest).to(scores.dtype)
-    mask = mask[..., : scores.shape[-1]]
-    return torch.where(mask, 0.0, lowest).to(scores.dtype) if mask.dtype == torch.bool else mask

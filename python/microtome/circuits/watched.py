@@ -1,0 +1,72 @@
+"""Queries, keys and values as attention uses them: after RoPE and norms, one key and value per query head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.circuits.attention import attention_implementation
+
+__all__ = ["See", "Watch", "watched_attention"]
+
+See = Callable[[str, int, Tensor], Tensor]
+Watch = Callable[[See | None], None]
+_IMPLEMENTATION = "microtome_repeated_keys"
+
+
+@contextmanager
+def watched_attention(model: Any) -> Iterator[Watch]:
+    """Eager attention with keys and values repeated for every query head, shown on their way.
+
+    Inside, ``watch(see)`` makes every attention of the decoder call ``see(site, layer, x)`` with x ``(b, H,
+    p, d_head)`` for the
+    sites q, k (after RoPE), v and z; what it returns is used. ``watch(None)`` ends that.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    seen: list[See] = []
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        layer = getattr(module, "layer_idx", None)
+        see = seen[0] if seen and layer is not None else lambda _site, _layer, x: x
+        query, key, value = see("q", layer, query), see("k", layer, key), see("v", layer, value)
+        scaling = options.get("scaling")
+        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        cap = options.get("softcap")
+        scores = scores if cap is None else torch.tanh(scores / cap) * cap
+        weights = (
+            (scores + _additive(attention_mask, scores, module)).softmax(-1, torch.float32).to(query.dtype)
+        )
+        z = see("z", layer, weights @ value)
+        return z.transpose(1, 2).contiguous(), weights
+
+    AttentionInterface.register(_IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
+
+    def watch(see: See | None) -> None:
+        seen[:] = [] if see is None else [see]
+
+    with attention_implementation(model, _IMPLEMENTATION):
+        yield watch
+
+
+def _additive(mask: Tensor | None, scores: Tensor, module: Any) -> Tensor:
+    """A mask to add to the scores: given, from booleans, or causal where none is given."""
+    lowest = torch.finfo(scores.dtype).min
+    if mask is None:
+        q, k = scores.shape[-2:]
+        if not getattr(module, "is_causal", True):
+            return scores.new_zeros(())
+        seen = torch.ones(q, k, dtype=torch.bool, device=scores.device).tril(k - q)
+        return torch.where(seen, 0.0, lowest).to(scores.dtype)
+    mask = mask[..., : scores.shape[-1]]
+    return torch.where(mask, 0.0, lowest).to(scores.dtype) if mask.dtype == torch.bool else mask
