@@ -6,7 +6,7 @@ The order of the paper (Towards Understanding Multimodal Fine-Tuning, 2602.08713
 2. :func:`select_adapted`: the global two-stage filter, large gap first, low cosine second.
 3. :func:`select_spatial`: of those, the features that a shift to spatial questions recruits.
 4. :func:`neutral_survivors`: of those, the ones that also fire, on image tokens, under a neutral prompt.
-5. :func:`feature_table`: everything about every feature in one table.
+5. :func:`microtome.diffing.study.run`: all of it, from two stores to one table.
 """
 
 from microtome.diffing.selection import (
