@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
@@ -177,7 +177,9 @@ def encode(
 
     opened, dictionary = _open(store), SAE.load_from_disk(sae)
     if dictionary.k is None:
-        raise typer.BadParameter(f"--sae {sae}: expected a dictionary with k features per row, found {dictionary}")
+        raise typer.BadParameter(
+            f"--sae {sae}: expected a dictionary with k features per row, found {dictionary}"
+        )
     acts, target = opened[hook], name or hook
     writer = opened.write_codes(
         target, acts, k=dictionary.k, d_sae=dictionary.d_sae, dictionary=dictionary.fingerprint()

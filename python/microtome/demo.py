@@ -22,6 +22,7 @@ import microtome as mt
 from microtome import organism
 from microtome.capture import capture
 from microtome.dictionary import SAE, TrainConfig, train_sae
+from microtome.errors import StoreError
 from microtome.evaluation import accuracy, score
 from microtome.organism.scenes import CELLS, GRID
 from microtome.report import Card, Page, figures
@@ -134,6 +135,15 @@ def _features(vlm: ActivationStore, lm: ActivationStore, hook: str, sae: SAE) ->
 def _layer_map(vlm: ActivationStore, lm: ActivationStore) -> pl.DataFrame:
     """Debiased linear CKA of every LM layer with every VLM layer, on the rows of the same questions in words."""
     words = [vlm[hook].where(pl.col("form") == "textual") for hook in vlm.hooks]
+    if (
+        not words[0]
+        .sample_ids.select("id")
+        .collect()
+        .equals(lm[lm.hooks[0]].sample_ids.select("id").collect())
+    ):
+        raise StoreError(
+            f"layer map: expected the same rows in {lm.path} and {vlm.path}. Remove both and run again"
+        )
     values = mt.cka_matrix([lm[hook] for hook in lm.hooks], words)
     rows = [(i, j, float(values[i, j])) for i in range(len(lm.hooks)) for j in range(len(vlm.hooks))]
     return pl.DataFrame(rows, schema=["lm_layer", "vlm_layer", "cka"], orient="row")

@@ -17,7 +17,7 @@ def test_readme_example_runs_in_twenty_lines(tmp_path, monkeypatch, capsys):
     [example] = examples(ROOT / "README.md")
     assert len(example.strip().splitlines()) <= 20
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})  # noqa: S102
+    exec(compile(example, "README.md", "exec"), {})
     feature, cka = capsys.readouterr().out.split()
     assert 0 <= int(feature) < 1024
     assert 0 < float(cka) <= 1

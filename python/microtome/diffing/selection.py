@@ -42,7 +42,9 @@ def select_adapted(table: pl.DataFrame, *, p_gap: float = 0.2, p_cos: float = 0.
 
     Example:
         >>> import polars as pl
-        >>> table = pl.DataFrame({"layer": [0] * 10, "feature": range(10), "variance_gap": range(10), "decoder_cosine": [0.9] * 8 + [0.8, 0.1]})
+        >>> cosines = [0.9] * 8 + [0.8, 0.1]
+        >>> columns = {"layer": [0] * 10, "feature": range(10), "variance_gap": range(10)}
+        >>> table = pl.DataFrame({**columns, "decoder_cosine": cosines})
         >>> select_adapted(table, p_gap=0.2, p_cos=0.5).filter("adapted")["feature"].to_list()
         [9]
     """

@@ -22,7 +22,13 @@ import numpy as np
 import polars as pl
 
 from microtome.dictionary import SAE, TrainConfig, train_layers
-from microtome.diffing.selection import neutral_survivors, select_adapted, select_spatial, sensitivity, summary
+from microtome.diffing.selection import (
+    neutral_survivors,
+    select_adapted,
+    select_spatial,
+    sensitivity,
+    summary,
+)
 from microtome.diffing.signals import firing_shift, signals
 from microtome.errors import ShapeError
 from microtome.metrics import FeatureStats, analyse, decoder_cosine
@@ -122,7 +128,9 @@ def run(
     if config.spatial is not None:
         features = select_spatial(features, top=config.spatial_top)
         if neutral is not None:
-            features = neutral_survivors(features, _neutral(neutral, hooks, saes[config.regimes[0]], progress))
+            features = neutral_survivors(
+                features, _neutral(neutral, hooks, saes[config.regimes[0]], progress)
+            )
     top = _top_of(features, pl.concat([t for _, t in tables]), vlm)
     if texts is not None:
         features = _labelled(features, top, texts)
@@ -202,7 +210,9 @@ def _layer(
     return table.with_columns(hook=pl.lit(hook)), top.with_columns(layer=pl.lit(layer, pl.Int64))
 
 
-def _split(acts: Activations, sae: SAE, config: DiffConfig, progress: bool) -> tuple[FeatureStats, FeatureStats]:
+def _split(
+    acts: Activations, sae: SAE, config: DiffConfig, progress: bool
+) -> tuple[FeatureStats, FeatureStats]:
     """Statistics on spatial questions and on what they are compared with."""
     assert config.spatial is not None  # noqa: S101 - told by the caller
     spatial = _all(analyse(acts.where(config.spatial), sae, top=0, progress=progress).stats)
@@ -228,7 +238,10 @@ def _neutral(
         samples = sample_fires(sae.encode(acts), acts.rows)
         share = np.divide(image, total, out=np.zeros_like(total), where=total > 0)
         columns = {"sample_frequency": samples.firing_frequency(), "image_mass": share}
-        index = {"layer": np.full(sae.d_sae, layer, np.int64), "feature": np.arange(sae.d_sae, dtype=np.int64)}
+        index = {
+            "layer": np.full(sae.d_sae, layer, np.int64),
+            "feature": np.arange(sae.d_sae, dtype=np.int64),
+        }
         tables.append(pl.DataFrame(index | columns))
     return pl.concat(tables)
 

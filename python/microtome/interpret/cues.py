@@ -35,8 +35,8 @@ SPATIAL_CUES: tuple[str, ...] = (
 )
 
 _NOT_SPATIAL = re.compile(
-    r"\b(all right|right (?:now|away|answer|choice|word)|(?:is|are) (?:that|this|it) right|(?:how many|anything|any) .{0,20}\bleft\b(?! of)"
-    r"|over (?:there|\d+)|left over|leftover)\b"
+    r"\b(all right|right (?:now|away|answer|choice|word)|(?:is|are) (?:that|this|it) right"
+    r"|(?:how many|anything|any) .{0,20}\bleft\b(?! of)|over (?:there|\d+)|left over|leftover)\b"
 )
 
 
@@ -69,7 +69,7 @@ def ngram_lift(
 ) -> pl.DataFrame:
     """N-grams that occur in a larger share of ``texts`` than of ``background``.
 
-    ``lift = ((a + 0.5) / (A + 1)) / ((b + 0.5) / (B + 1))`` with a of A texts and b of B background texts containing the n-gram.
+    ``lift = ((a + 0.5) / (A + 1)) / ((b + 0.5) / (B + 1))``, where a of A texts and b of B background texts contain it.
 
     Returns:
         Columns ngram, count, share, background_share, lift; largest lift first, then count, then the n-gram.

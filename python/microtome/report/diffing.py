@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import polars as pl
-from typing import TYPE_CHECKING
 
 from microtome.report.figures import PALETTE, canvas
 from microtome.report.page import Page
@@ -14,14 +15,24 @@ if TYPE_CHECKING:
 
 __all__ = ["adapted_per_layer", "cosine_by_layer", "diff_page", "fvu_curves", "joint_scatter", "survivors"]
 
-_REGIMES = {"text": PALETTE["text"], "image": PALETTE["image"], "full": PALETTE["accent"], "random": PALETTE["pool"]}
+_REGIMES = {
+    "text": PALETTE["text"],
+    "image": PALETTE["image"],
+    "full": PALETTE["accent"],
+    "random": PALETTE["pool"],
+}
 
 
 def fvu_curves(curves: pl.DataFrame) -> Figure:
     """Mean FVU over layers against tokens seen, one line per regime (the paper's Figure 1)."""
     figure, axes = canvas()
     for regime, colour in _REGIMES.items():
-        part = curves.filter(pl.col("regime") == regime).group_by("tokens").agg(pl.col("fvu").mean()).sort("tokens")
+        part = (
+            curves.filter(pl.col("regime") == regime)
+            .group_by("tokens")
+            .agg(pl.col("fvu").mean())
+            .sort("tokens")
+        )
         if part.height:
             axes.plot(part["tokens"].to_numpy(), part["fvu"].to_numpy(), color=colour, label=regime, lw=1.8)
     axes.set(xlabel="tokens seen", ylabel="FVU, mean over layers", yscale="log")
@@ -47,7 +58,9 @@ def cosine_by_layer(cosines: pl.DataFrame) -> Figure:
         if part.height:
             layer = part["layer"].to_numpy()
             axes.plot(layer, part["cosine"].to_numpy(), color=colour, label=regime, marker="o", ms=3.5)
-            axes.fill_between(layer, part["q10"].to_numpy(), part["q90"].to_numpy(), color=colour, alpha=0.12, lw=0)
+            axes.fill_between(
+                layer, part["q10"].to_numpy(), part["q90"].to_numpy(), color=colour, alpha=0.12, lw=0
+            )
     axes.set(xlabel="layer", ylabel="decoder cosine (band: 10 to 90 %)")
     axes.legend(frameon=False)
     return figure
@@ -62,7 +75,9 @@ def joint_scatter(features: pl.DataFrame) -> Figure:
         groups.append(("spatial", living.filter("spatial"), "#5b2a86"))
     for name, part, colour in groups:
         x, y = part["variance_gap"].to_numpy(), part["decoder_cosine"].to_numpy()
-        axes.scatter(x, y, s=5 if name == "pool" else 10, color=colour, lw=0, alpha=0.7, label=f"{name} ({len(x):,})")
+        axes.scatter(
+            x, y, s=5 if name == "pool" else 10, color=colour, lw=0, alpha=0.7, label=f"{name} ({len(x):,})"
+        )
     gaps = np.abs(living["variance_gap"].to_numpy())
     scale = float(np.quantile(gaps[gaps > 0], 0.2)) if (gaps > 0).any() else 1.0
     axes.set_xscale("symlog", linthresh=scale)
@@ -78,7 +93,14 @@ def adapted_per_layer(layers: pl.DataFrame) -> Figure:
     left.bar(layer, layers["adapted"].to_numpy(), color=PALETTE["image"])
     left.set(xlabel="layer", ylabel="adapted features")
     for name, colour in (("cosine_pool", PALETTE["pool"]), ("cosine_adapted", PALETTE["image"])):
-        right.plot(layer, layers[name].to_numpy(), marker="o", ms=3.5, color=colour, label=name.removeprefix("cosine_"))
+        right.plot(
+            layer,
+            layers[name].to_numpy(),
+            marker="o",
+            ms=3.5,
+            color=colour,
+            label=name.removeprefix("cosine_"),
+        )
     right.set(xlabel="layer", ylabel="mean decoder cosine")
     right.legend(frameon=False)
     return figure
@@ -105,7 +127,9 @@ def survivors(features: pl.DataFrame) -> Figure:
         x, y = (np.maximum(part[c].to_numpy(), least) for c in columns)
         right.scatter(x, y, s=12, lw=0, color=colour, alpha=0.8, label=f"{name} ({part.height})")
     right.plot([least, 1], [least, 1], color="#5d6b7a", lw=0.8, ls=":")
-    right.set(xscale="log", yscale="log", xlabel="frequency, other questions", ylabel="frequency, spatial questions")
+    right.set(
+        xscale="log", yscale="log", xlabel="frequency, other questions", ylabel="frequency, spatial questions"
+    )
     right.legend(frameon=False)
     return figure
 
@@ -113,21 +137,42 @@ def survivors(features: pl.DataFrame) -> Figure:
 def diff_page(tables: dict[str, pl.DataFrame], facts: dict[str, str]) -> Page:
     """The report of a study from its tables ``features, curves, cosines, layers, sensitivity``."""
     features, curves, layers = tables["features"], tables["curves"], tables["layers"]
-    page = Page("What fine-tuning on pictures changed", "Stage-wise model diffing, base language model to VLM", facts)
-    page.section("Reconstruction", "Held-out FVU of dictionaries adapted to the VLM, by the tokens that entered the loss.")
+    page = Page(
+        "What fine-tuning on pictures changed", "Stage-wise model diffing, base language model to VLM", facts
+    )
+    page.section(
+        "Reconstruction",
+        "Held-out FVU of dictionaries adapted to the VLM, by the tokens that entered the loss.",
+    )
     page.figure(fvu_curves(curves)).table(fvu_table(curves), "final FVU over layers")
-    page.section("Rotation", "Cosine of every decoder direction with the base dictionary's: 1 means unchanged.")
+    page.section(
+        "Rotation", "Cosine of every decoder direction with the base dictionary's: 1 means unchanged."
+    )
     page.figure(cosine_by_layer(tables["cosines"]))
-    page.section("Adapted features", "Large variance gap first, then low decoder cosine, over all layers pooled.")
+    page.section(
+        "Adapted features", "Large variance gap first, then low decoder cosine, over all layers pooled."
+    )
     page.figure(joint_scatter(features)).figure(adapted_per_layer(layers)).table(layers)
     if "spatial" in features.columns:
-        page.section("Spatial features", "Adapted features that fire more on spatial questions than on others.")
+        page.section(
+            "Spatial features", "Adapted features that fire more on spatial questions than on others."
+        )
         page.figure(survivors(features)).table(_spatial_table(features), "by frequency gap")
     page.section("Thresholds", "The adapted set under other thresholds, against the one reported here.")
     return page.table(tables["sensitivity"])
 
 
 def _spatial_table(features: pl.DataFrame) -> pl.DataFrame:
-    wanted = ["layer", "feature", "frequency_spatial", "frequency_base", "odds_ratio", "variance_gap", "decoder_cosine"]
+    wanted = [
+        "layer",
+        "feature",
+        "frequency_spatial",
+        "frequency_base",
+        "odds_ratio",
+        "variance_gap",
+        "decoder_cosine",
+    ]
     optional = [c for c in ("survivor", "label") if c in features.columns]
-    return features.filter("spatial").sort("frequency_gap", descending=True).select(*wanted, *optional).head(20)
+    return (
+        features.filter("spatial").sort("frequency_gap", descending=True).select(*wanted, *optional).head(20)
+    )

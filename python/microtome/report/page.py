@@ -43,7 +43,8 @@ class Page:
     Example:
         >>> import polars as pl
         >>> page = Page("Slices of a model", "what the run was")
-        >>> _ = page.section("Accuracy", "Share of right answers.").table(pl.DataFrame({"task": ["colour"], "accuracy": [0.98]}))
+        >>> table = pl.DataFrame({"task": ["colour"], "accuracy": [0.98]})
+        >>> _ = page.section("Accuracy", "Share of right answers.").table(table)
         >>> "Slices of a model" in page.html()
         True
     """
