@@ -11,15 +11,15 @@ where the biased form scores near 1 once they are wider than there are rows.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from microtome import _core, tensors
-from microtome.errors import ShapeError, UndefinedWarning
+from microtome.errors import ShapeError
+from microtome.metrics.undefined import warn_undefined
 from microtome.progress import bar
 
 __all__ = ["cka_matrix", "linear_cka"]
@@ -118,16 +118,10 @@ def _matrix(
     with bar("CKA", _rows(xs[0][1]), progress) as done:
         values, undefined = _core.cka_matrix(x_words, y_words, debiased, memory_budget, done)
     if undefined:
-        warn_undefined("CKA", "its HSIC with itself is not positive", [names[i] for i in undefined])
+        warn_undefined("CKA", "its HSIC with itself is not positive", [names[i] for i in undefined], 4)
     return values
 
 
 def _rows(x: Any) -> int | None:
     shape = getattr(x, "shape", None)
     return int(shape[0]) if shape else None
-
-
-def warn_undefined(what: str, reason: str, names: Sequence[str]) -> None:
-    """Say which numbers are NaN and why; the warning points at the caller of the public function."""
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    warnings.warn(f"{what} is undefined (NaN) for {shown}: {reason}", UndefinedWarning, stacklevel=4)
