@@ -1,6 +1,6 @@
 //! Overlap of circuits against counting, and its chance level against enumeration.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::float_cmp, clippy::cast_possible_wrap, clippy::doc_markdown)]
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64};

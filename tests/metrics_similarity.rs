@@ -1,18 +1,17 @@
-//! Matching is exact: the same as computing every cosine in `f64`, whatever the screen.
+//! Matching is exact: the same as computing every cosine in `f64`.
 
 #![allow(clippy::unwrap_used)]
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use microtome_core::kernels::cosine::{Screen, cosine};
-use microtome_core::kernels::tile::{PANEL, PRODUCT, Word};
+use microtome_core::kernels::gemm::Isa;
+use microtome_core::kernels::gemm::dot::dot;
 use microtome_core::metrics::similarity::{Matches, match_rows, row_cosines};
 use microtome_core::scan::Context;
 use microtome_core::{Data, Rows};
 use proptest::prelude::*;
 
 const NAMES: [&str; 2] = ["W_a", "W_b"];
-const WORDS: [Word; 2] = [Word::F32, Word::Bf16Pair];
 
 fn numbers(n: usize, d: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
@@ -33,15 +32,19 @@ fn rows(x: &[f32], d: usize) -> Rows<'_> {
     Rows::new(Data::F32(x), d).unwrap()
 }
 
-fn matches(a: &[f32], b: &[f32], d: usize, k: usize, word: Word, budget: usize) -> Matches {
-    with_context(budget, |context| match_rows(rows(a, d), rows(b, d), k, NAMES, Some(word), context)).unwrap()
+fn matches(a: &[f32], b: &[f32], d: usize, k: usize, budget: usize) -> Matches {
+    with_context(budget, |context| match_rows(rows(a, d), rows(b, d), k, NAMES, context)).unwrap()
 }
 
-/// Every cosine in f64, sorted.
+fn exact(x: &[f32], y: &[f32]) -> f64 {
+    dot(Isa::PLAIN, x, y)
+}
+
+/// Every cosine in f64, sorted, ties to the lower row.
 fn definition(a: &[f32], b: &[f32], d: usize, k: usize) -> (Vec<i64>, Vec<f64>) {
     let best = |x: &[f32]| {
-        let mut all: Vec<(f64, i64)> = b.chunks(d).zip(0..).map(|(y, j)| (cosine(x, y), j)).collect();
-        all.retain(|(c, _)| !c.is_nan());
+        let cosine = |y: &[f32]| exact(x, y) * (1.0 / exact(y, y).sqrt()) / exact(x, x).sqrt();
+        let mut all: Vec<(f64, i64)> = b.chunks(d).zip(0..).map(|(y, j)| (cosine(y), j)).collect();
         all.sort_by(|p, q| q.0.total_cmp(&p.0).then(p.1.cmp(&q.1)));
         all.truncate(k);
         all
@@ -63,34 +66,10 @@ proptest! {
             b.copy_within(tie * d..(tie + 1) * d, (m - 1 - tie) * d);
         }
         let expected = definition(&a, &b, d, k);
-        for word in WORDS {
-            let found = matches(&a, &b, d, k, word, 1 << 28);
-            prop_assert_eq!(&found.indices, &expected.0);
-            prop_assert_eq!(&found.cosines, &expected.1);
-        }
-    }
-
-    #[test]
-    fn the_screen_is_never_further_off_than_its_certificate(d in 1_usize..200, seed in 0_u64..1000, spread in 0_i32..30) {
-        let wild = |seed: u64| -> Vec<f32> {
-            let exponents = numbers(PANEL, d, seed + 1);
-            numbers(PANEL, d, seed).iter().zip(exponents).map(|(x, e)| x * (spread as f32 * e).exp2()).collect()
-        };
-        let (a, b) = (wild(seed), wild(seed + 50));
-        for screen in WORDS.into_iter().filter_map(|word| Screen::with(word, d)) {
-            let pack = |x: &[f32]| {
-                let norms: Vec<f64> = x.chunks(d).map(|r| r.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()).collect();
-                let mut panel = vec![0; screen.panel_words()];
-                (screen.pack(x, &norms, &mut panel), panel)
-            };
-            let ((error_a, panel_a), (error_b, panel_b)) = (pack(&a), pack(&b));
-            let mut product = [0.0; PRODUCT];
-            screen.product(&panel_a, &panel_b, &mut product);
-            let bound = screen.bound(error_a, error_b);
-            for (ij, screened) in product.iter().enumerate() {
-                let exact = cosine(&a[ij / PANEL * d..][..d], &b[ij % PANEL * d..][..d]);
-                prop_assert!((f64::from(*screened) - exact).abs() <= bound, "{screened} {exact} {bound}");
-            }
+        let found = matches(&a, &b, d, k, 1 << 28);
+        prop_assert_eq!(&found.indices, &expected.0);
+        for (found, expected) in found.cosines.iter().zip(&expected.1) {
+            prop_assert!((found - expected).abs() < 1e-15);
         }
     }
 }
@@ -101,7 +80,7 @@ fn bits_depend_on_neither_threads_nor_budget() {
     let (a, b) = (numbers(n, d, 1), numbers(2100, d, 2));
     let run = |threads: usize, budget: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let found = pool.install(|| matches(&a, &b, d, k, Word::Bf16Pair, budget));
+        let found = pool.install(|| matches(&a, &b, d, k, budget));
         (found.indices, found.cosines.iter().map(|c| c.to_bits()).collect::<Vec<_>>())
     };
     let reference = run(1, 1 << 28);
@@ -116,22 +95,33 @@ fn zero_rows_match_nothing_and_are_listed() {
     let (mut a, mut b) = (numbers(4, d, 3), numbers(3, d, 4));
     a[2 * d..3 * d].fill(0.0);
     b[..d].fill(0.0);
-    let found = matches(&a, &b, d, 3, Word::F32, 1 << 20);
+    let found = matches(&a, &b, d, 3, 1 << 20);
     assert_eq!((found.zero_a, found.zero_b), (vec![2], vec![0]));
     assert_eq!(found.indices[6..9], [-1, -1, -1]);
     assert!(found.cosines[6..9].iter().all(|c| c.is_nan()));
     assert!(found.indices[..3].contains(&1) && found.indices[..3].contains(&2) && found.indices[2] == -1);
     let same = with_context(0, |c| row_cosines(rows(&a[..15], d), rows(&b, d), NAMES, c)).unwrap();
-    assert!(
-        same[0].is_nan() && same[2].is_nan() && (same[1] - cosine(&a[d..2 * d], &b[d..2 * d])).abs() < 1e-15
-    );
+    assert!(same[0].is_nan() && same[2].is_nan() && same[1].abs() <= 1.0);
+}
+
+#[test]
+fn cosines_of_equal_index_are_those_of_the_definition() {
+    let (n, d) = (300, 77);
+    let (a, b) = (numbers(n, d, 8), numbers(n, d, 9));
+    let found = with_context(0, |c| row_cosines(rows(&a, d), rows(&b, d), NAMES, c)).unwrap();
+    for ((x, y), found) in a.chunks(d).zip(b.chunks(d)).zip(found) {
+        let expected = exact(x, y) / (exact(x, x).sqrt() * exact(y, y).sqrt());
+        assert!((found - expected).abs() < 1e-15);
+    }
+    let error = with_context(0, |c| row_cosines(rows(&a, d), rows(&b[d..], d), NAMES, c)).unwrap_err();
+    assert_eq!(error.to_string(), "W_b: expected shape (300, 77), as W_a, found shape (299, 77)");
 }
 
 #[test]
 fn bad_input_is_refused_by_name() {
     let (a, mut b) = (numbers(6, 4, 5), numbers(6, 4, 6));
     let error = |b: &[f32], d: usize, k: usize| {
-        with_context(0, |c| match_rows(rows(&a, 4), rows(b, d), k, NAMES, None, c)).unwrap_err().to_string()
+        with_context(0, |c| match_rows(rows(&a, 4), rows(b, d), k, NAMES, c)).unwrap_err().to_string()
     };
     assert_eq!(error(&b, 3, 1), "W_b: expected width 4, as W_a, found width 3");
     assert_eq!(error(&b, 4, 7), "k: expected 1 to 6, the rows of W_b, found 7");

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         attribute,
         circuit_iou,
         circuit_niou,
-        expected_iou,
         faithfulness,
     )
     from microtome.dictionary import SAE
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
         analyse,
         cka_matrix,
         decoder_cosine,
+        expected_iou,
         feature_stats,
         fvu,
         linear_cka,
@@ -56,6 +56,7 @@ _ROOM_OF = {
     "analyse": "metrics",
     "cka_matrix": "metrics",
     "decoder_cosine": "metrics",
+    "expected_iou": "metrics",
     "feature_stats": "metrics",
     "fvu": "metrics",
     "linear_cka": "metrics",
@@ -70,7 +71,6 @@ _ROOM_OF = {
     "attribute": "circuits",
     "circuit_iou": "circuits",
     "circuit_niou": "circuits",
-    "expected_iou": "circuits",
     "faithfulness": "circuits",
 }
 

@@ -67,9 +67,8 @@ def core_matrix(x: Any, name: str) -> CoreInput:
 
 
 def core_source(x: Any, name: str) -> Any:
-    """``x`` as something the core can scan: a selection of a store as it is, anything else as :func:`core_matrix`."""
-    selection = getattr(x, "_selection", None)
-    return core_matrix(x, name) if selection is None else selection
+    """``x`` as something the core can scan: activations of a store as they are, all else as :func:`core_matrix`."""
+    return x if hasattr(x, "_selection") else core_matrix(x, name)
 
 
 def core_vector(x: Any, name: str, length: int | None = None) -> npt.NDArray[np.float32]:

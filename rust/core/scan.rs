@@ -124,6 +124,23 @@ pub fn map_ordered<I: Send + Sync, T: Send>(
         .collect()
 }
 
+/// As [`map_ordered`], with memory that `work` may reuse from item to item; `init` makes it, once per worker and now and
+/// then again.
+pub fn map_ordered_with<I: Send + Sync, S, T: Send>(
+    items: &[I],
+    context: &Context<'_>,
+    init: impl Fn() -> S + Sync + Send,
+    work: impl Fn(&mut S, &I) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    items
+        .par_iter()
+        .map_init(init, |space, item| {
+            context.check()?;
+            work(space, item)
+        })
+        .collect()
+}
+
 /// Runs `work` on disjoint pieces of `out`, `piece` elements each, in parallel; the piece's number comes first.
 pub fn fill_pieces<T: Send>(
     out: &mut [T],

@@ -1,7 +1,7 @@
 //! `microtome.metrics.circuit`: sets of nodes, their overlap and its chance level.
 
 use microtome_core::metrics::circuit::{self, chance};
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
+use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 
 use crate::error::{shape_error, to_py};
@@ -64,7 +64,7 @@ fn top_n<'py>(
     Ok(PyArray1::from_vec(py, nodes))
 }
 
-/// `(mean, variance, p-value)` of the IoU of random circuits; strata are `(n, size_a, size_b)`.
+/// `(mean, variance, p-value)` of the `IoU` of random circuits; strata are `(n, size_a, size_b)`.
 #[pyfunction]
 fn iou_chance(
     py: Python<'_>,

@@ -39,7 +39,7 @@ fn match_rows<'py>(
     let (a, b) = (Matrix::extract(a, &names.0)?, Matrix::extract(b, &names.1)?);
     let (a, b) = (a.rows(&names.0)?, b.rows(&names.1)?);
     let task = Task { memory_budget, ..Task::named("match_features") };
-    let matches = run(py, task, |context| core_match_rows(a, b, k, [&names.0, &names.1], None, context))?;
+    let matches = run(py, task, |context| core_match_rows(a, b, k, [&names.0, &names.1], context))?;
     let shape = [a.n(), k];
     Ok((
         PyArray1::from_vec(py, matches.indices).reshape(shape)?,

@@ -1,13 +1,13 @@
 r"""Circuits as sets of nodes: their overlap, and the overlap that chance alone would give.
 
-Nodes are numbered ``0 .. n - 1``. Two random circuits of sizes :math:`a` and :math:`b` share a hypergeometric number
-:math:`I` of nodes, so the chance level of IoU is a sum over its values, not a simulation:
+Nodes are numbered ``0 .. n - 1``. Two random circuits of sizes :math:`a` and :math:`b` share a hypergeometric
+number :math:`I` of nodes, so the chance level of IoU is a sum over its values, not a simulation:
 
 .. math::
     \mathbb{E}[\mathrm{IoU}] = \sum_i P(I = i) \frac{i}{a + b - i}, \qquad
     \mathrm{nIoU} = \frac{\mathrm{IoU} - \mathbb{E}[\mathrm{IoU}]}{1 - \mathbb{E}[\mathrm{IoU}]}
 
-nIoU: Nikankin et al., *Same Task, Different Circuits*, 2025, with the closed form in place of one random draw.
+nIoU: Nikankin et al., *Same Task, Different Circuits*, 2025; the closed form replaces one random draw.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Bitset:
 
     def to_mask(self) -> npt.NDArray[np.bool_]:
         """(n,) bool."""
-        return np.unpackbits(self.words.astype("<u8").view(np.uint8), count=self.n, bitorder="little").view(np.bool_)
+        return np.unpackbits(self.words.astype("<u8").view(np.uint8), count=self.n, bitorder="little").view(
+            np.bool_
+        )
 
     def __len__(self) -> int:
         return _core.bitset_size(self.words)
@@ -136,8 +138,8 @@ def expected_iou(n: int | Sequence[int], size_a: int | Sequence[int], size_b: in
     """Expected IoU of two random circuits, exactly.
 
     Args:
-        n: number of nodes. A sequence gives one number per stratum (layer, type, position), within which circuits of
-            the given sizes are drawn independently.
+        n: number of nodes. A sequence gives one number per stratum (layer, type, position), within which
+            circuits of the given sizes are drawn independently.
         size_a: nodes of the first circuit, per stratum likewise.
         size_b: nodes of the second.
 
@@ -162,8 +164,8 @@ def iou_chance(
 ) -> IouChance:
     """Mean and variance of the IoU of two random circuits, and the p-value of an observed intersection.
 
-    A circuit that drops the position of its nodes is still a uniform draw given its size: pass the number of nodes
-    without positions and the sizes that remain, and the chance level is exact for it as well.
+    A circuit that drops the position of its nodes is still a uniform draw given its size: pass the number of
+    nodes without positions and the sizes that remain, and the chance level is exact for it as well.
 
     Args:
         n: number of nodes, or one number per stratum.
@@ -178,16 +180,18 @@ def iou_chance(
         >>> iou_chance(10, 3, 3, intersection=3).p_value  # one of the 120 circuits of that size
         0.008333333333333333
     """
-    strata = list(zip(_numbers(n, "n"), _numbers(size_a, "size_a"), _numbers(size_b, "size_b"), strict=False))
-    lengths = [len(_numbers(v, name)) for v, name in ((n, "n"), (size_a, "size_a"), (size_b, "size_b"))]
-    if len(set(lengths)) != 1:
-        raise ShapeError(f"size_a, size_b: expected one size for each of {lengths[0]} strata, found {lengths[1:]}")
-    seen = None if intersection is None else _numbers(intersection, "intersection")[0]
-    return IouChance(*_core.iou_chance(strata, seen))
+    sizes = [_numbers(n, "n"), _numbers(size_a, "size_a"), _numbers(size_b, "size_b")]
+    if len({len(numbers) for numbers in sizes}) != 1:
+        found = [len(numbers) for numbers in sizes[1:]]
+        raise ShapeError(
+            f"size_a, size_b: expected one size for each of {len(sizes[0])} strata, found {found}"
+        )
+    observed = None if intersection is None else _numbers(intersection, "intersection")[0]
+    return IouChance(*_core.iou_chance(list(zip(*sizes, strict=True)), observed))
 
 
 def normalised_iou(iou: float, expected: float) -> float:
-    """nIoU: how far ``iou`` lies above chance, relative to the most it could; negative below chance, never clamped.
+    """nIoU: how far ``iou`` lies above chance, as a share of the most it could; never clamped.
 
     Example:
         >>> normalised_iou(0.55, 0.1)
@@ -201,8 +205,8 @@ def inclusion_rate(n: int, size: int, positions: int = 1) -> float:
 
     .. math:: 1 - \binom{n - P}{a} \Big/ \binom{n}{a}
 
-    With many positions it saturates: a circuit of 7 % of all (node, position) pairs over 26 positions contains 85 % of
-    the nodes, and position-free overlap then says little.
+    With many positions it saturates: a circuit of 7 % of all (node, position) pairs over 26 positions
+    contains 85 % of the nodes, and position-free overlap then says little.
 
     Args:
         n: number of (node, position) pairs.
@@ -213,7 +217,8 @@ def inclusion_rate(n: int, size: int, positions: int = 1) -> float:
         >>> round(inclusion_rate(26_000, 1_820, positions=26), 2)
         0.85
     """
-    return _core.inclusion_rate(*(_numbers(v, name)[0] for v, name in ((n, "n"), (size, "size"), (positions, "positions"))))
+    named = {"n": n, "size": size, "positions": positions}
+    return _core.inclusion_rate(*(_numbers(value, name)[0] for name, value in named.items()))
 
 
 def top_n(scores: Any, n: int) -> npt.NDArray[np.int64]:
@@ -232,15 +237,15 @@ def top_n(scores: Any, n: int) -> npt.NDArray[np.int64]:
         >>> top_n(np.array([0.5, 2.0, 0.5, 1.0], np.float32), 3)
         array([0, 1, 3])
     """
-    words = tensors.array(scores, "scores")
-    flat = (words[1] if isinstance(words, tuple) else words).reshape(-1)
-    wanted = _numbers(n, "n")[0]
-    return _core.top_n(tensors.core_vector(("bfloat16", flat) if isinstance(words, tuple) else flat, "scores"), wanted)
+    flat = scores.reshape(-1) if hasattr(scores, "reshape") else np.asarray(scores)
+    return _core.top_n(tensors.core_vector(flat, "scores"), _numbers(n, "n")[0])
 
 
 def _numbers(value: int | Sequence[int], name: str) -> list[int]:
     """One or several sizes as a list; bools, fractions and negative numbers are refused."""
     sizes = np.atleast_1d(np.asarray(value))
+    if sizes.size == 0:
+        return []
     if sizes.ndim != 1 or sizes.dtype.kind not in "iu" or (sizes < 0).any():
         raise ShapeError(f"{name}: expected whole numbers of at least 0, found {value!r}")
     return [int(size) for size in sizes]

@@ -1,4 +1,4 @@
-"""Cosines between dictionaries: of features with the same index, and of every feature with its best matches."""
+"""Cosines between dictionaries: of features with the same index, of each feature with its best matches."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def match_features(
 ) -> Matches:
     """The ``k`` best matches, by cosine, of every feature of one dictionary among all features of another.
 
-    Exact: a low-precision screen with a certified error bound leaves out what cannot be a match, and cosines of the
-    rest are computed in float64. No (d_sae, d_sae) matrix is made.
+    Exact: a low-precision screen with a certified error bound leaves out what cannot be a match, and cosines
+    of the rest are computed in float64. No (d_sae, d_sae) matrix is made.
 
     Args:
         W_a: decoder (d_sae_a, d_in), tensor or array of float32, float16 or bfloat16.

@@ -1,7 +1,7 @@
 //! Gram tiles of centred rows, for CKA.
 //!
 //! Rows are widened to `f32`, a provisional mean is taken off, a power of two scales them, and the result is packed into
-//! panels (see [`tile`](super::tile)) in one of two directions:
+//! panels (see [`panel`](super::panel)) in one of two directions:
 //!
 //! * [`pack_columns`]: depth runs over rows. Products of such panels are tiles of `X^T Y`, the *feature form*.
 //! * [`pack_rows`]: depth runs over columns. Products are tiles of `X X^T`, the *Gram form*.
@@ -10,13 +10,16 @@
 //! then added to `f64`, so an entry of a tile is off by at most `DEPTH * 2^-24 * sum |x| |y| = 1.5e-5 * sum |x| |y|` and
 //! typically by a hundredth of that, whatever the number of rows.
 
-use super::tile::{Kernel, PANEL};
+#![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
+
+use super::gemm::isa::{Isa, per_isa};
+use super::panel::{Kernel, PANEL};
 use crate::rows::Rows;
 
 /// Steps summed in `f32` before they are added in `f64`.
 pub const DEPTH: usize = 256;
-/// Words of one panel of a slab.
-pub const PANEL_WORDS: usize = DEPTH * PANEL;
+/// Numbers in one panel of a slab.
+pub const PANEL_LEN: usize = DEPTH * PANEL;
 /// Edge of a tile of the product, in panels.
 pub const TILE_PANELS: usize = 4;
 /// Edge of a tile of the product.
@@ -28,6 +31,9 @@ pub const TILE_LEN: usize = TILE * TILE;
 pub fn panels(columns: usize) -> usize {
     columns.div_ceil(PANEL)
 }
+
+/// Partial sums of norms and dot products: part of their definition.
+const LANES: usize = 32;
 
 /// What is taken off the rows of a matrix, and by which power of two they are multiplied, before anything is squared.
 #[derive(Clone, Debug)]
@@ -55,13 +61,32 @@ impl Frame {
         Self { scale: power_of_two_below_inverse(largest), shift }
     }
 
-    /// Widens row `i` of `rows` into `out`, shifted and scaled.
-    pub fn apply(&self, rows: &Rows<'_>, i: usize, out: &mut [f32]) {
+    /// Widens row `i` of `rows` into `out`, shifted and scaled; adds it to `sums` and returns its squared norm.
+    pub fn apply(&self, isa: Isa, rows: &Rows<'_>, i: usize, out: &mut [f32], sums: &mut [f64]) -> f64 {
         rows.widen(i..i + 1, out);
-        for (x, c) in out.iter_mut().zip(&self.shift) {
-            *x = (*x - c) * self.scale;
+        centre(isa, out, &self.shift, self.scale, sums)
+    }
+}
+
+/// Every path rounds products before it adds them: the same bits.
+#[inline(always)]
+fn centre_body<const FUSED: bool>(row: &mut [f32], shift: &[f32], scale: f32, sums: &mut [f64]) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let pieces = row.chunks_mut(LANES).zip(shift.chunks(LANES)).zip(sums.chunks_mut(LANES));
+    for ((row, shift), sums) in pieces {
+        for (((x, c), sum), lane) in row.iter_mut().zip(shift).zip(sums).zip(&mut lanes) {
+            *x = (*x - c) * scale;
+            let x = f64::from(*x);
+            *sum += x;
+            *lane += x * x;
         }
     }
+    lanes.iter().sum()
+}
+
+per_isa! {
+    /// Shifts and scales `row`, adds it to `sums`, and returns its squared norm.
+    fn centre(row: &mut [f32], shift: &[f32], scale: f32, sums: &mut [f64]) -> f64 = centre_body;
 }
 
 /// `2^-e` for a value in `[2^e, 2^(e+1))`; 1 for zero and for what is not finite.
@@ -73,7 +98,7 @@ fn power_of_two_below_inverse(value: f32) -> f32 {
 }
 
 /// Column sums and squared row norms of packed rows.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Margins {
     /// Sum of every column.
     pub sums: Vec<f64>,
@@ -82,63 +107,48 @@ pub struct Margins {
 }
 
 impl Margins {
-    fn add(&mut self, row: &[f32]) {
-        self.sums.resize(row.len(), 0.0);
-        self.sums.iter_mut().zip(row).for_each(|(s, x)| *s += f64::from(*x));
-        self.norms.push(squared_norm(row));
+    fn of_width(d: usize) -> Self {
+        Self { sums: vec![0.0; d], norms: Vec::new() }
     }
-}
-
-/// `sum x^2` in `f64`, in eight lanes.
-fn squared_norm(row: &[f32]) -> f64 {
-    let mut lanes = [0.0_f64; 8];
-    let chunks = row.chunks_exact(8);
-    let tail: f64 = chunks.remainder().iter().map(|x| f64::from(*x).powi(2)).sum();
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += f64::from(*x) * f64::from(*x));
-    }
-    lanes.iter().sum::<f64>() + tail
 }
 
 /// Packs at most [`DEPTH`] rows as one slab whose depth runs over the rows: `out` is `[panel][row][column]`.
-pub fn pack_columns(rows: &Rows<'_>, frame: &Frame, out: &mut [u32]) -> Margins {
-    let mut margins = Margins::default();
+pub fn pack_columns(isa: Isa, rows: &Rows<'_>, frame: &Frame, out: &mut [f32]) -> Margins {
+    let mut margins = Margins::of_width(rows.d());
     let mut row = vec![0.0_f32; rows.d()];
     for i in 0..rows.n() {
-        frame.apply(rows, i, &mut row);
-        margins.add(&row);
+        margins.norms.push(frame.apply(isa, rows, i, &mut row, &mut margins.sums));
         pack_step(&row, i, out);
     }
     margins
 }
 
 /// Writes `values` as step `i` of the panels of one slab; columns beyond the last are zero.
-pub fn pack_step(values: &[f32], i: usize, out: &mut [u32]) {
-    for (panel, values) in out.chunks_exact_mut(PANEL_WORDS).zip(values.chunks(PANEL)) {
+pub fn pack_step(values: &[f32], i: usize, out: &mut [f32]) {
+    for (panel, values) in out.chunks_exact_mut(PANEL_LEN).zip(values.chunks(PANEL)) {
         let step = &mut panel[i * PANEL..(i + 1) * PANEL];
-        step[values.len()..].fill(0);
-        step.iter_mut().zip(values).for_each(|(word, x)| *word = x.to_bits());
+        step[values.len()..].fill(0.0);
+        step[..values.len()].copy_from_slice(values);
     }
 }
 
 /// Packs at most [`TILE`] rows with the depth running over the columns: `out` is `[slab][panel][column][row]`.
-pub fn pack_rows(rows: &Rows<'_>, frame: &Frame, out: &mut [u32]) -> Margins {
-    let mut margins = Margins::default();
+pub fn pack_rows(isa: Isa, rows: &Rows<'_>, frame: &Frame, out: &mut [f32]) -> Margins {
     let d = rows.d();
+    let mut margins = Margins::of_width(d);
     let mut block = vec![0.0_f32; PANEL * d];
     for panel in 0..TILE_PANELS {
         let first = (panel * PANEL).min(rows.n());
         let count = (rows.n() - first).min(PANEL);
         block.fill(0.0);
         for (i, row) in block.chunks_exact_mut(d).take(count).enumerate() {
-            frame.apply(rows, first + i, row);
-            margins.add(row);
+            margins.norms.push(frame.apply(isa, rows, first + i, row, &mut margins.sums));
         }
-        for (slab, out) in out.chunks_exact_mut(TILE_PANELS * PANEL_WORDS).enumerate() {
+        for (slab, out) in out.chunks_exact_mut(TILE_PANELS * PANEL_LEN).enumerate() {
             let steps = slab * DEPTH..d.min((slab + 1) * DEPTH);
-            let out = out[panel * PANEL_WORDS..].chunks_exact_mut(PANEL);
+            let out = out[panel * PANEL_LEN..].chunks_exact_mut(PANEL);
             for (column, step) in steps.zip(out) {
-                step.iter_mut().enumerate().for_each(|(i, word)| *word = block[i * d + column].to_bits());
+                step.iter_mut().enumerate().for_each(|(i, x)| *x = block[i * d + column]);
             }
         }
     }
@@ -148,9 +158,9 @@ pub fn pack_rows(rows: &Rows<'_>, frame: &Frame, out: &mut [u32]) -> Margins {
 /// Adds `A^T B` over one slab of `depth` steps to `tile` (rows [`TILE`] apart); `a` and `b` hold whole panels.
 ///
 /// With `upper`, where `a` and `b` are the same columns, panels below the diagonal are left out.
-pub fn add_slab(kernel: Kernel, a: &[u32], b: &[u32], depth: usize, upper: bool, tile: &mut [f64]) {
-    for (j, b) in b.chunks_exact(PANEL_WORDS).enumerate() {
-        for (i, a) in a.chunks_exact(PANEL_WORDS).enumerate() {
+pub fn add_slab(kernel: Kernel, a: &[f32], b: &[f32], depth: usize, upper: bool, tile: &mut [f64]) {
+    for (j, b) in b.chunks_exact(PANEL_LEN).enumerate() {
+        for (i, a) in a.chunks_exact(PANEL_LEN).enumerate() {
             if !upper || i <= j {
                 kernel.add_product(a, b, depth, tile, i * PANEL * TILE + j * PANEL, TILE);
             }
@@ -167,15 +177,19 @@ pub fn mirror(tile: &mut [f64]) {
     }
 }
 
-/// `sum a b` in `f64`, in eight lanes: a fixed order, whatever the instruction set.
-pub fn dot(a: &[f64], b: &[f64]) -> f64 {
-    let mut lanes = [0.0_f64; 8];
-    let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
-    let tail: f64 = a8.remainder().iter().zip(b8.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a8.zip(b8) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += a * b;
+#[inline(always)]
+fn dot_body<const FUSED: bool>(a: &[f64], b: &[f64]) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for l in 0..LANES {
+            lanes[l] += a[l] * b[l];
         }
     }
-    lanes.iter().sum::<f64>() + tail
+    lanes.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f64>()
+}
+
+per_isa! {
+    /// `sum a b`, in an order that does not depend on the path.
+    pub fn dot(a: &[f64], b: &[f64]) -> f64 = dot_body;
 }

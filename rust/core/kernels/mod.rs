@@ -4,7 +4,7 @@ pub mod cosine;
 pub mod gemm;
 pub mod gram;
 pub mod moments;
+pub mod panel;
 pub mod residual;
 pub mod sets;
-pub mod tile;
 pub mod topk;

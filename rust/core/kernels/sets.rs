@@ -1,7 +1,7 @@
 //! Bitsets over nodes, and the order that selects them.
 //!
 //! A set over `n` nodes is `ceil(n / 64)` words, node `i` being bit `i % 64` of word `i / 64`; bits beyond `n` are zero.
-//! Intersections and unions are never written: their popcounts are all that IoU needs.
+//! Intersections and unions are never written: their popcounts are all that `IoU` needs.
 
 #![allow(unsafe_code)]
 

@@ -22,6 +22,7 @@ mod feature;
 mod gram;
 
 use crate::error::{Error, Result};
+use crate::kernels::gemm::Isa;
 use crate::kernels::gram::{DEPTH, Frame, Margins};
 use crate::rows::Rows;
 use crate::scan::{Buffer, Context, Source, map_ordered};
@@ -119,6 +120,7 @@ struct Problem<'a> {
     pairs: Vec<(usize, usize)>,
     n: usize,
     estimator: Estimator,
+    isa: Isa,
 }
 
 impl Problem<'_> {
@@ -174,6 +176,7 @@ pub fn cka_matrix(
         layers: &layers,
         n,
         estimator,
+        isa: Isa::choose()?,
     };
     let form = form.unwrap_or_else(|| {
         if problem.cost(Form::Gram) < problem.cost(Form::Feature) && gram::fits(&problem, context) {

@@ -1,6 +1,6 @@
-//! The chance level of IoU, exactly.
+//! The chance level of `IoU`, exactly.
 //!
-//! Two random circuits of `a` and `b` among `n` nodes share `I` of them, and `I` is hypergeometric. IoU is a function of it:
+//! Two random circuits of `a` and `b` among `n` nodes share `I` of them, and `I` is hypergeometric. `IoU` is a function of it:
 //!
 //! ```text
 //! P(I = i+1) / P(I = i) = (a - i)(b - i) / ((i + 1)(n - a - b + i + 1))          IoU(i) = i / (a + b - i)
@@ -28,7 +28,7 @@ pub struct Stratum {
     pub b: u64,
 }
 
-/// IoU of two random circuits.
+/// `IoU` of two random circuits.
 #[derive(Clone, Copy, Debug)]
 pub struct Chance {
     /// Mean.
@@ -45,7 +45,7 @@ struct Distribution {
     probabilities: Vec<f64>,
 }
 
-/// Mean, variance and p-value of the IoU of circuits drawn at random within each stratum.
+/// Mean, variance and p-value of the `IoU` of circuits drawn at random within each stratum.
 ///
 /// # Errors
 /// [`Error::Shape`] when there is no stratum, or a circuit is larger than its stratum.
@@ -75,7 +75,7 @@ pub fn chance(strata: &[Stratum], intersection: Option<u64>) -> Result<Chance> {
     Ok(Chance { mean, variance, p_value: intersection.map_or(f64::NAN, tail) })
 }
 
-/// IoU from the sizes of intersection and union; of two empty sets 1.
+/// `IoU` from the sizes of intersection and union; of two empty sets 1.
 pub fn iou(intersection: u64, union: u64) -> f64 {
     if union == 0 { 1.0 } else { intersection as f64 / union as f64 }
 }
@@ -107,7 +107,9 @@ fn hypergeometric(Stratum { n, a, b }: Stratum, negligible: f64) -> Distribution
     let mut probabilities: Vec<f64> = below.into_iter().rev().chain(above).collect();
     // Smallest terms first: the sum is as good as its terms.
     let total: f64 = probabilities.iter().sum();
-    probabilities.iter_mut().for_each(|p| *p /= total);
+    for p in &mut probabilities {
+        *p /= total;
+    }
     Distribution { first, probabilities }
 }
 
@@ -145,7 +147,7 @@ pub fn inclusion_rate(n: u64, size: u64, positions: u64) -> Result<f64> {
             return Err(Error::shape(name, format!("at most n = {n}"), value.to_string()));
         }
     }
-    // P(none) = prod (n - size - i) / (n - i), in the logarithm of its complement's complement to keep small rates.
+    // P(none) = prod (1 - size / (n - i)); as logarithms, so that small rates keep their digits.
     let none: f64 = (0..positions).map(|i| (-(size as f64) / (n - i) as f64).max(-1.0).ln_1p()).sum();
     Ok(-none.exp_m1())
 }

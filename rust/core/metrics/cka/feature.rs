@@ -17,9 +17,9 @@ use std::sync::atomic::Ordering;
 use super::{Estimator, Problem, Sums, too_large};
 use crate::error::{Error, Result};
 use crate::kernels::gram::{
-    DEPTH, Margins, PANEL_WORDS, TILE, TILE_LEN, TILE_PANELS, add_slab, pack_columns, pack_step, panels,
+    DEPTH, Margins, PANEL_LEN, TILE, TILE_LEN, TILE_PANELS, add_slab, pack_columns, pack_step, panels,
 };
-use crate::kernels::tile::{Kernel, PANEL};
+use crate::kernels::panel::{Kernel, PANEL};
 use crate::scan::{Buffer, Context, fill_pieces, map_ordered, map_pieces};
 
 /// Slabs packed at once at most: enough to keep every thread busy, and a tile in cache while it is added to.
@@ -46,7 +46,7 @@ struct Layout {
     tiles: Vec<Tile>,
     /// First panel of every layer within a slab; the norms come last.
     first_panel: Vec<usize>,
-    slab_words: usize,
+    slab_len: usize,
 }
 
 impl Layout {
@@ -74,12 +74,12 @@ impl Layout {
                 tiles.extend(blocks_of[m].iter().filter(|&&b| l != m || a <= b).map(|&b| Tile { a, b }));
             }
         }
-        Self { blocks, tiles, first_panel, slab_words: next * PANEL_WORDS }
+        Self { blocks, tiles, first_panel, slab_len: next * PANEL_LEN }
     }
 
     fn words(&self, block: usize) -> Range<usize> {
         let panels = &self.blocks[block].panels;
-        panels.start * PANEL_WORDS..panels.end * PANEL_WORDS
+        panels.start * PANEL_LEN..panels.end * PANEL_LEN
     }
 }
 
@@ -117,7 +117,7 @@ pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
 
 /// Slabs in a chunk and tiles in a round, from the memory budget.
 fn plan(layout: &Layout, problem: &Problem<'_>, context: &Context<'_>) -> Result<(usize, usize)> {
-    let (slab, tile) = (layout.slab_words * size_of::<u32>(), TILE_LEN * size_of::<f64>());
+    let (slab, tile) = (layout.slab_len * size_of::<f32>(), TILE_LEN * size_of::<f64>());
     let slabs = problem.n.div_ceil(DEPTH).min(CHUNK_SLABS);
     let chunk = (context.memory_budget / 2 / slab).clamp(1, slabs);
     let tiles = context.memory_budget.saturating_sub(chunk * slab) / tile;
@@ -142,7 +142,7 @@ fn multiply(
     totals: &mut Totals,
     context: &Context<'_>,
 ) -> Result<Vec<f64>> {
-    let kernel = Kernel::f32();
+    let kernel = Kernel::of(problem.isa);
     let n = problem.n;
     let mut used: Vec<bool> = vec![round == 0; layout.first_panel.len()];
     for tile in tiles {
@@ -153,11 +153,11 @@ fn multiply(
         used.fill(true);
     }
     let mut products = vec![0.0; tiles.len() * TILE_LEN];
-    let mut packed = vec![0_u32; chunk * layout.slab_words];
+    let mut packed = vec![0.0_f32; chunk * layout.slab_len];
     for first in (0..n).step_by(chunk * DEPTH) {
         let rows = (n - first).min(chunk * DEPTH);
-        let packed = &mut packed[..rows.div_ceil(DEPTH) * layout.slab_words];
-        let margins = map_pieces(packed, layout.slab_words, context, |i, out| {
+        let packed = &mut packed[..rows.div_ceil(DEPTH) * layout.slab_len];
+        let margins = map_pieces(packed, layout.slab_len, context, |i, out| {
             let start = first + i * DEPTH;
             pack_slab(problem, layout, &used, start..n.min(start + DEPTH), out)
         })?;
@@ -168,7 +168,7 @@ fn multiply(
         }
         fill_pieces(&mut products, TILE_LEN, context, |t, product| {
             let Tile { a, b } = tiles[t];
-            for (i, slab) in packed.chunks_exact(layout.slab_words).enumerate() {
+            for (i, slab) in packed.chunks_exact(layout.slab_len).enumerate() {
                 let depth = (rows - i * DEPTH).min(DEPTH);
                 add_slab(kernel, &slab[layout.words(a)], &slab[layout.words(b)], depth, a == b, product);
             }
@@ -186,7 +186,7 @@ fn pack_slab(
     layout: &Layout,
     used: &[bool],
     range: Range<usize>,
-    out: &mut [u32],
+    out: &mut [f32],
 ) -> Result<Vec<Margins>> {
     let mut buffer = Buffer::default();
     let mut margins = Vec::with_capacity(problem.layers.len());
@@ -195,13 +195,13 @@ fn pack_slab(
             continue;
         }
         let rows = layer.source.read(range.clone(), &mut buffer)?;
-        let words = layout.first_panel[l] * PANEL_WORDS..layout.first_panel[l + 1] * PANEL_WORDS;
-        let margin = pack_columns(&rows, &problem.frames[l], &mut out[words]);
+        let words = layout.first_panel[l] * PANEL_LEN..layout.first_panel[l + 1] * PANEL_LEN;
+        let margin = pack_columns(problem.isa, &rows, &problem.frames[l], &mut out[words]);
         problem.check(l, &rows, range.start, &margin)?;
         margins.push(margin);
     }
     if used[problem.layers.len()] {
-        let words = layout.first_panel[problem.layers.len()] * PANEL_WORDS..;
+        let words = layout.first_panel[problem.layers.len()] * PANEL_LEN..;
         let mut norms = vec![0.0; problem.layers.len()];
         for i in 0..range.len() {
             norms.iter_mut().zip(&margins).for_each(|(norm, m)| *norm = m.norms[i] as f32);

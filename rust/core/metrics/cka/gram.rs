@@ -10,9 +10,9 @@ use std::sync::atomic::Ordering;
 use super::{Estimator, Problem, Sums, too_large};
 use crate::error::{Error, Result};
 use crate::kernels::gram::{
-    DEPTH, Margins, PANEL_WORDS, TILE, TILE_LEN, TILE_PANELS, add_slab, dot, mirror, pack_rows,
+    DEPTH, Margins, PANEL_LEN, TILE, TILE_LEN, TILE_PANELS, add_slab, dot, mirror, pack_rows,
 };
-use crate::kernels::tile::Kernel;
+use crate::kernels::panel::Kernel;
 use crate::scan::{Buffer, Context, grid, map_ordered, map_pieces, reduce_ordered};
 
 /// Tiles that one task computes, one after the other, in the same memory.
@@ -20,36 +20,36 @@ const STRIP_TILES: usize = 4;
 /// Elements of the tiles of all layers that are multiplied while they are in cache.
 const SEGMENT: usize = 1024;
 
-/// Words of one slab of a row tile.
-const SLAB_WORDS: usize = TILE_PANELS * PANEL_WORDS;
+/// Numbers in one slab of a row tile.
+const SLAB_LEN: usize = TILE_PANELS * PANEL_LEN;
 
 /// Where the layers lie within a packed row tile.
 struct Layout {
-    first_word: Vec<usize>,
+    first: Vec<usize>,
 }
 
 impl Layout {
     fn new(problem: &Problem<'_>) -> Self {
-        let mut first_word = vec![0];
+        let mut first = vec![0];
         for d in problem.widths() {
-            first_word.push(first_word[first_word.len() - 1] + d.div_ceil(DEPTH) * SLAB_WORDS);
+            first.push(first[first.len() - 1] + d.div_ceil(DEPTH) * SLAB_LEN);
         }
-        Self { first_word }
+        Self { first }
     }
 
-    fn tile_words(&self) -> usize {
-        self.first_word[self.first_word.len() - 1]
+    fn tile_len(&self) -> usize {
+        self.first[self.first.len() - 1]
     }
 
     fn layer(&self, l: usize) -> Range<usize> {
-        self.first_word[l]..self.first_word[l + 1]
+        self.first[l]..self.first[l + 1]
     }
 
     /// Row tiles in a band, so that two bands fit into the budget; 0 when not even two tiles do. The tiles that threads
     /// hold come on top: counting them would make the choice of form, and with it the bits, depend on the threads.
     fn band(&self, problem: &Problem<'_>, context: &Context<'_>) -> usize {
         let tiles = problem.n.div_ceil(TILE);
-        let room = context.memory_budget / (self.tile_words() * size_of::<u32>());
+        let room = context.memory_budget / (self.tile_len() * size_of::<f32>());
         if room >= tiles { tiles } else { room / 2 }
     }
 }
@@ -62,7 +62,7 @@ pub fn fits(problem: &Problem<'_>, context: &Context<'_>) -> bool {
 /// A packed band of row tiles.
 struct Band {
     tiles: Range<usize>,
-    words: Vec<u32>,
+    words: Vec<f32>,
     margins: Vec<Vec<Margins>>,
 }
 
@@ -73,7 +73,7 @@ pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
     if band_tiles == 0 {
         return Err(Error::Memory {
             what: "the Gram form of CKA".to_owned(),
-            needed: 2 * layout.tile_words() * size_of::<u32>(),
+            needed: 2 * layout.tile_len() * size_of::<f32>(),
             budget: context.memory_budget,
             hint: "Raise memory_budget or compare fewer layers at once".to_owned(),
         });
@@ -101,14 +101,14 @@ pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
 }
 
 fn pack(problem: &Problem<'_>, layout: &Layout, tiles: Range<usize>, context: &Context<'_>) -> Result<Band> {
-    let mut words = vec![0_u32; tiles.len() * layout.tile_words()];
-    let margins = map_pieces(&mut words, layout.tile_words(), context, |i, out| {
+    let mut words = vec![0.0_f32; tiles.len() * layout.tile_len()];
+    let margins = map_pieces(&mut words, layout.tile_len(), context, |i, out| {
         let first = (tiles.start + i) * TILE;
         let mut buffer = Buffer::default();
         let mut margins = Vec::with_capacity(problem.layers.len());
         for (l, layer) in problem.layers.iter().enumerate() {
             let rows = layer.source.read(first..problem.n.min(first + TILE), &mut buffer)?;
-            let margin = pack_rows(&rows, &problem.frames[l], &mut out[layout.layer(l)]);
+            let margin = pack_rows(problem.isa, &rows, &problem.frames[l], &mut out[layout.layer(l)]);
             problem.check(l, &rows, first, &margin)?;
             margins.push(margin);
         }
@@ -135,9 +135,8 @@ fn multiply(
         (from..columns.tiles.end.min(from + STRIP_TILES))
             .map(|j| {
                 context.check()?;
-                let a = &rows.words[(i - rows.tiles.start) * layout.tile_words()..][..layout.tile_words()];
-                let b =
-                    &columns.words[(j - columns.tiles.start) * layout.tile_words()..][..layout.tile_words()];
+                let a = &rows.words[(i - rows.tiles.start) * layout.tile_len()..][..layout.tile_len()];
+                let b = &columns.words[(j - columns.tiles.start) * layout.tile_len()..][..layout.tile_len()];
                 Ok(tile_products(problem, layout, (a, b), i == j, &mut tiles))
             })
             .collect::<Result<Vec<_>>>()
@@ -155,15 +154,14 @@ fn multiply(
 fn tile_products(
     problem: &Problem<'_>,
     layout: &Layout,
-    (a, b): (&[u32], &[u32]),
+    (a, b): (&[f32], &[f32]),
     diagonal: bool,
     tiles: &mut [f64],
 ) -> Vec<f64> {
-    let kernel = Kernel::f32();
+    let kernel = Kernel::of(problem.isa);
     tiles.fill(0.0);
     for ((l, d), tile) in problem.widths().enumerate().zip(tiles.chunks_exact_mut(TILE_LEN)) {
-        let slabs =
-            a[layout.layer(l)].chunks_exact(SLAB_WORDS).zip(b[layout.layer(l)].chunks_exact(SLAB_WORDS));
+        let slabs = a[layout.layer(l)].chunks_exact(SLAB_LEN).zip(b[layout.layer(l)].chunks_exact(SLAB_LEN));
         for (slab, (a, b)) in slabs.enumerate() {
             add_slab(kernel, a, b, (d - slab * DEPTH).min(DEPTH), diagonal, tile);
         }
@@ -177,7 +175,7 @@ fn tile_products(
     for segment in (0..TILE_LEN).step_by(SEGMENT) {
         let part = |l: usize| &tiles[l * TILE_LEN + segment..][..SEGMENT];
         for (product, &(l, m)) in products.iter_mut().zip(&problem.pairs) {
-            *product += weight * dot(part(l), part(m));
+            *product += weight * dot(problem.isa, part(l), part(m));
         }
     }
     products
@@ -208,9 +206,9 @@ fn finish(
     })?;
     let mut out = Sums::new(count);
     for (&(l, m), inner) in problem.pairs.iter().zip(inner) {
-        let diagonal = if debiased { 0.0 } else { dot(&norms[l], &norms[m]) };
+        let diagonal = if debiased { 0.0 } else { dot(problem.isa, &norms[l], &norms[m]) };
         out.inner[l * count + m] = inner + diagonal;
-        out.rows[l * count + m] = dot(&row_sums[l], &row_sums[m]);
+        out.rows[l * count + m] = dot(problem.isa, &row_sums[l], &row_sums[m]);
         if !inner.is_finite() {
             return Err(too_large(&problem.layers[l].name));
         }
@@ -225,11 +223,11 @@ fn finish(
 fn project(problem: &Problem<'_>, layer: usize, sums: &[f64]) -> Result<Vec<f64>> {
     let mut buffer = Buffer::default();
     let mut out = Vec::with_capacity(problem.n);
-    let mut row = vec![0.0; sums.len()];
+    let (mut row, mut unused) = (vec![0.0; sums.len()], vec![0.0; sums.len()]);
     for range in grid(problem.n, DEPTH) {
         let rows = problem.layers[layer].source.read(range, &mut buffer)?;
         for i in 0..rows.n() {
-            problem.frames[layer].apply(&rows, i, &mut row);
+            problem.frames[layer].apply(problem.isa, &rows, i, &mut row, &mut unused);
             out.push(row.iter().zip(sums).map(|(x, s)| f64::from(*x) * s).sum());
         }
     }
