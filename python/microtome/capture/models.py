@@ -83,8 +83,8 @@ class ModelAdapter:
         - ``blocks.{i}.hook_resid_pre``, ``.hook_resid_post``: input and output of decoder layer i.
         - ``blocks.{i}.attn.hook_q``, ``hook_k``, ``hook_v``: outputs of the projections, before any norm and
           before RoPE.
-        - ``blocks.{i}.attn.hook_pattern``: attention weights (batch, head, query, key); eager attention only, and only
-          where a wildcard spells ``pattern``.
+        - ``blocks.{i}.attn.hook_pattern``: attention weights (batch, head, query, key). They need eager
+          attention, and a wildcard that spells ``pattern``.
         - ``blocks.{i}.attn.hook_z``: the heads' outputs, side by side in the input of the output projection.
         - ``blocks.{i}.hook_attn_out``, ``hook_mlp_out``: what the modules return. Models with post norms
           (Gemma) norm that once more before they add it to the residual stream.

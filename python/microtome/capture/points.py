@@ -213,7 +213,7 @@ def select(
     paths = [path for path in paths if path]
     for pattern in patterns:
         names = fnmatch.filter(points, _canonical(pattern))
-        # Attention patterns cost a mode of the model and much room: a wildcard takes them only where it names them.
+        # Patterns need a mode of the model and much room: only a wildcard that names them takes them.
         found = [points[name] for name in names if "pattern" in pattern or not name.endswith("hook_pattern")]
         found = found or [native(path) for path in fnmatch.filter(paths, pattern)]
         if not found:

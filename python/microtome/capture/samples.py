@@ -44,7 +44,8 @@ class SampleTable:
 
     def __init__(self, path: Path, steps: int) -> None:
         """Read back what ``steps`` committed steps hold."""
-        frames = [pl.read_parquet(path / f"{step:06d}" / "samples.parquet") for step in range(steps)]
+        files = [path / f"{step:06d}" / "samples.parquet" for step in range(steps)]
+        frames = [pl.read_parquet(file, glob=False) for file in files]
         self.resumed = {id_ for frame in frames for id_ in frame["id"].to_list()}
         """Ids committed before this run: their samples are not captured again."""
         self.done = CommittedIds(self.resumed)
