@@ -30,6 +30,7 @@ RECIPES = {
     "topk, layer norm": {"activation": "topk", "k": K, "normalize": "layer_norm"},
     "topk, row norm": {"activation": "topk", "k": K, "normalize": "constant_norm_rescale"},
     "batch_topk": {"activation": "batch_topk", "k": K},
+    "jumprelu, rescaled": {"activation": "jumprelu", "rescale_acts_by_decoder_norm": True},
     "jumprelu": {"activation": "jumprelu"},
     "jumprelu, norm-aware": {
         "activation": "jumprelu",
@@ -155,6 +156,23 @@ def test_module_shares_the_memory_of_the_dictionary():
     with torch.no_grad():
         sae.module().tensors["b_dec"].add_(1.0)
     assert sae.b_dec.min() > 0.5
+
+
+def test_training_the_module_changes_what_encode_gives():
+    sae, x = dictionary(**RECIPES["topk"]), rows()
+    before = sae.encode(x).to_dense()
+    module = sae.module()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1, fused=True)
+    (module(x) - x).square().sum().backward()
+    optimizer.step()
+    after = np.asarray(sae.encode(x).to_dense())
+    assert not np.array_equal(before, after)
+    np.testing.assert_allclose(after, definition(sae, x), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_encoder_is_made_once():
+    sae = dictionary(**RECIPES["topk"])
+    assert sae.packed() is sae.packed()
 
 
 @pytest.mark.parametrize(

@@ -9,5 +9,12 @@ extra("safetensors", "models")
 
 from microtome.dictionary.recipe import Recipe  # noqa: E402
 from microtome.dictionary.sae import SAE  # noqa: E402
+from microtome.dictionary.train import (  # noqa: E402
+    LayersResult,
+    TrainConfig,
+    TrainResult,
+    train_layers,
+    train_sae,
+)
 
-__all__ = ["SAE", "Recipe"]
+__all__ = ["SAE", "LayersResult", "Recipe", "TrainConfig", "TrainResult", "train_layers", "train_sae"]

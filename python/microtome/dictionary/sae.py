@@ -21,6 +21,7 @@ from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError, DtypeError, ShapeError
 
 if TYPE_CHECKING:
+    from microtome.dictionary.encoding import PackedEncoder
     from microtome.metrics.codes import RaggedCodes, SparseCodes
 
 __all__ = ["SAE", "SAEModule"]
@@ -77,6 +78,8 @@ class SAE:
         self.probe: Tensor | None = None
         """A few rows kept in the file, for :meth:`self_check`; shape ``(n, d_in)``."""
         self.probe_targets: dict[str, float] = {}
+        self._handed_out = False
+        self._packed: tuple[list[tuple[int, int]], PackedEncoder] | None = None
 
     # --- what it is -----------------------------------------------------------------------------------------
 
@@ -178,6 +181,19 @@ class SAE:
         self._check_width(x)
         return encoding.encode(self, x)
 
+    def packed(self) -> PackedEncoder:
+        """The Rust encoder of this dictionary, made at the first use and again after its weights changed.
+
+        Once :meth:`module` has handed the weights out it is made at every call: nobody tells when they
+        change.
+        """
+        from microtome.dictionary.encoding import PackedEncoder
+
+        state = [(tensor.data_ptr(), tensor._version) for tensor in self.tensors.values()]
+        if self._packed is None or self._packed[0] != state or self._handed_out:
+            self._packed = (state, PackedEncoder(self.tensors, self.recipe))
+        return self._packed[1]
+
     def encode_torch(self, x: Any) -> Tensor:
         """The same codes in torch: dense ``(n, d_sae)``, on the dictionary's device, differentiable."""
         self._check_width(x)
@@ -222,6 +238,7 @@ class SAE:
 
     def module(self) -> SAEModule:
         """A torch module over the same memory: training it trains this dictionary."""
+        self._handed_out = True
         return SAEModule(self)
 
     # --- folds ----------------------------------------------------------------------------------------------
