@@ -27,7 +27,7 @@ def watched_attention(model: Any) -> Iterator[Watch]:
     sites q, k (after RoPE), v and z; what it returns is used. ``watch(None)`` ends that.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
     seen: list[See] = []
 
@@ -44,13 +44,17 @@ def watched_attention(model: Any) -> Iterator[Watch]:
         cap = options.get("softcap")
         scores = scores if cap is None else torch.tanh(scores / cap) * cap
         weights = (
-            (scores + _additive(attention_mask, scores, module)).softmax(-1, torch.float32).to(query.dtype)
+            (scores + _additive(attention_mask, scores, _is_causal(module, options)))
+            .softmax(-1, torch.float32)
+            .to(query.dtype)
         )
         z = see("z", layer, weights @ value)
         return z.transpose(1, 2).contiguous(), weights
 
     AttentionInterface.register(_IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
+    # The model's own kind of mask: some classes attend differently under eager and sdpa.
+    own = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask if own == "eager" else sdpa_mask)
 
     def watch(see: See | None) -> None:
         seen[:] = [] if see is None else [see]
@@ -59,14 +63,18 @@ def watched_attention(model: Any) -> Iterator[Watch]:
         yield watch
 
 
-def _additive(mask: Tensor | None, scores: Tensor, module: Any) -> Tensor:
-    """A mask to add to the scores: given, from booleans, or causal where none is given."""
+def _is_causal(module: Any, options: dict[str, Any]) -> bool:
+    given = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _additive(mask: Tensor | None, scores: Tensor, is_causal: bool) -> Tensor:
+    """A mask to add to the scores: as given, from booleans, or causal where none is given."""
     lowest = torch.finfo(scores.dtype).min
     if mask is None:
-        q, k = scores.shape[-2:]
-        if not getattr(module, "is_causal", True):
+        if not is_causal:
             return scores.new_zeros(())
-        seen = torch.ones(q, k, dtype=torch.bool, device=scores.device).tril(k - q)
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         return torch.where(seen, 0.0, lowest).to(scores.dtype)
     mask = mask[..., : scores.shape[-1]]
     return torch.where(mask, 0.0, lowest).to(scores.dtype) if mask.dtype == torch.bool else mask
