@@ -1,5 +1,7 @@
 """The model organism: tasks are sound, pairs align, weights load offline and answer unseen scenes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -177,3 +179,104 @@ def test_bad_arguments_are_refused_by_name(arguments, said):
         organism.questions("spatial", "visual", 1, things=9)
     with pytest.raises(errors.ShapeError, match="which: expected vlm or base_lm, found 'gpt'"):
         organism.path("gpt")
+
+
+# --- the shipped weights ------------------------------------------------------------------------------
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+FLOORS = {"textual": 0.95, "visual": 0.90}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return organism.load_processor()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {which: organism.load_model(which) for which in ("base_lm", "vlm")}
+
+
+def test_both_models_load_offline_as_stock_classes(models, processor, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert type(models["base_lm"]).__name__ == "LlamaForCausalLM"
+    assert type(models["vlm"]).__name__ == "LlavaForConditionalGeneration"
+    assert type(processor).__name__ == "LlavaProcessor"
+    assert organism.load_tokenizer().get_vocab() == processor.tokenizer.get_vocab()
+    assert models["vlm"].config.text_config.num_hidden_layers >= 6
+    assert organism.load_model("base_lm", "bfloat16").dtype == torch.bfloat16
+
+
+def test_shipped_files_stay_within_15_megabytes():
+    files = [file for file in organism.path("vlm").parent.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 15_000_000
+    assert {"README.md", "log.jsonl"} <= {file.name for file in files}
+
+
+@pytest.mark.parametrize("task", organism.TASKS)
+@pytest.mark.parametrize(("which", "form"), [("base_lm", "textual"), ("vlm", "textual"), ("vlm", "visual")])
+def test_unseen_scenes_are_answered(models, processor, which, form, task):
+    items = organism.questions(task, form, 512, seed=11)
+    assert organism.accuracy(models[which], processor, items) >= FLOORS[form]
+
+
+def test_relations_are_answered_in_every_direction_and_template(models, processor):
+    for kind in ("choose", "yesno"):
+        items = organism.questions("spatial", "visual", 256, seed=12, kind=kind)
+        for relation in ("left", "right", "above", "below"):
+            some = [item for item in items if item.relation == relation]
+            assert organism.accuracy(models["vlm"], processor, some) >= 0.85
+
+
+def test_answers_come_from_the_image(models, processor):
+    items = organism.questions("colour", "visual", 64, seed=13)
+    swapped = [
+        dataclasses.replace(a, image=b.image) for a, b in zip(items, items[1:] + items[:1], strict=True)
+    ]
+    assert organism.accuracy(models["vlm"], processor, swapped) < 0.5
+
+
+@pytest.mark.parametrize(("task", "form"), TASK_FORMS)
+def test_pairs_align_token_by_token_and_differ_in_their_answers(processor, task, form):
+    lengths = set()
+    for pair in organism.pairs(task, form, 8, kind="choose" if task == "spatial" else None):
+        clean, corrupted = (tokens(processor, item) for item in (pair.clean, pair.corrupted))
+        assert pair.answer == pair.clean.answer
+        assert pair.corrupted_answer == pair.corrupted.answer
+        assert pair.answer != pair.corrupted_answer
+        assert len(clean) == len(corrupted)
+        spans = pair.spans
+        assert [0, *spans["data"], *spans["query"], *spans["generation"]] == list(range(len(clean)))
+        words = processor.tokenizer.convert_ids_to_tokens(clean)
+        data = [words[i] for i in spans["data"]]
+        assert data == (["<image>"] * 16 if form == "visual" else pair.clean.scene.words())
+        assert [words[i] for i in spans["generation"]] == ["?"]
+        assert {words[0]} == {"<bos>"}
+        lengths.add(len(clean))
+    assert len(lengths) == 1
+
+
+def test_an_answer_is_one_token(processor):
+    for task in organism.TASKS:
+        for answer in organism.answers(task):
+            assert len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"]) == 1
+
+
+def test_training_batches_pose_each_question_as_if_it_were_the_only_one(models):
+    packing = pytest.importorskip("microtome.organism.packing")
+    mix = packing.Mix({"choose": 0.5, "colour": 0.5}, digits=0.3, images=0.0)
+    packed = packing.batch(mix, rows=4, length=96, rng=np.random.default_rng(0))
+    lm = models["base_lm"]
+    with torch.inference_mode():
+        together = lm(packed.ids, packed.mask, packed.positions).logits
+        for row, place, _ in packed.asked[:12]:
+            alone = lm(packed.ids[row][packed.mask[row, 0, place - 1]][None]).logits
+            torch.testing.assert_close(together[row, place - 1], alone[0, -1], rtol=1e-3, atol=1e-3)
+
+
+def tokens(processor, item):
+    if item.image is None:
+        return processor.tokenizer(item.prompt)["input_ids"]
+    return processor(text=item.prompt, images=item.image)["input_ids"][0]

@@ -55,7 +55,7 @@ class Curriculum:
         """Shares by what is missing; digit scenes hold arithmetic alone, so theirs is a share of the rows."""
         missing = {k: _FLOOR + _PRIORITY.get(k, 1.0) * (1 - self.accuracy.get(k, 0.0)) for k in self.entered}
         digits = missing.pop("arithmetic")
-        return Mix(missing, min(0.3, digits / (digits + sum(missing.values()))), images)
+        return Mix(missing, min(0.35, digits / (digits + sum(missing.values()))), images)
 
     def solved(self) -> bool:
         """Whether every kind has entered and is solved."""

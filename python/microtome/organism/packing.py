@@ -94,10 +94,11 @@ def _row(mix: Mix, rng: np.random.Generator, length: int) -> _Row:
     row, visual = _Row(), bool(rng.random() < mix.images)
     if rng.random() < mix.digits:
         scenes = 0
-        while len(row.ids) + 1 + max(CELLS, 15) + 7 <= length:
+        while len(row.ids) + 1 + max(CELLS, 15) + 7 + 4 <= length:
             scene = draw_digits(rng, "train")
             start = _append_scene(row, scene, visual, scenes)
             _append_question(row, scene, "arithmetic", rng, start, scenes)
+            _append_question(row, scene, "name", rng, start, scenes)
             scenes += 1
         return row
     scene = draw_shapes(rng, int(rng.integers(MIN_THINGS, MAX_THINGS + 1)), "train")

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
+from microtome.organism import parallel
 from microtome.organism.answering import accuracy
 from microtome.organism.architecture import assemble, text_config, vision_config
 from microtome.organism.curriculum import Curriculum
@@ -62,7 +63,7 @@ class Stage:
 
 
 LANGUAGE = Stage("base_lm", 1, 40, 0.0, Schedule(1e-3, 100, 3000, 600))
-MULTIMODAL = Stage("vlm", 2, 24, 0.75, Schedule(1e-3, 100, 2000, 500))
+MULTIMODAL = Stage("vlm", 2, 24, 0.75, Schedule(1e-3, 100, 3200, 800))
 
 
 def logits_of(model: nn.Module, packed: Batch) -> torch.Tensor:
@@ -113,14 +114,13 @@ class Progress:
 
 
 class Run:
-    """A stage under way. Its checkpoint holds the random state too: resumed is as good as never stopped."""
+    """A stage under way. A step's randomness follows from its number: resumed is as good as never stopped."""
 
     def __init__(self, stage: Stage, model: nn.Module, out: Path) -> None:
         self.stage, self.model, self.out = stage, model, out
         self.optimizer = torch.optim.AdamW(
             model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
-        self.rng = np.random.default_rng(stage.seed)
         self.progress = Progress(Curriculum())
         self._checkpoint = out / f"{stage.name}.checkpoint"
         if self._checkpoint.exists():
@@ -130,7 +130,6 @@ class Run:
         state = torch.load(self._checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.rng.bit_generator.state = state["rng"]
         curriculum = Curriculum(**state["curriculum"])
         self.progress = Progress(curriculum, state["step"], state["decays_from"], state["seconds"])
 
@@ -139,7 +138,6 @@ class Run:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": self.rng.bit_generator.state,
             "curriculum": self.progress.curriculum.state(),
             "step": self.progress.step,
             "decays_from": self.progress.decays_from,
@@ -163,14 +161,17 @@ class Run:
         rate = schedule.at(progress.step, progress.decays_from)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        packed = batch(progress.curriculum.mix(self.stage.images), self.stage.rows, LENGTH, self.rng)
+        rng = np.random.default_rng((self.stage.seed, progress.step, parallel.rank()))
+        mix = progress.curriculum.mix(self.stage.images)
+        packed = batch(mix, self.stage.rows // parallel.processes(), LENGTH, rng)
         logits = logits_of(self.model, packed)
         loss = loss_of(logits, packed)
         self.optimizer.zero_grad()
         loss.backward()
+        parallel.average_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        hits = hits_of(logits.detach(), packed)
+        hits = parallel.gather_hits(hits_of(logits.detach(), packed))
         visual = self.stage.images > 0
         progress.curriculum.update({kind: hit for (kind, shown), hit in hits.items() if shown == visual})
         progress.step += 1
@@ -186,12 +187,14 @@ class Run:
                 running = {kind: round(value, 3) for kind, value in progress.curriculum.accuracy.items()}
                 where = {"stage": self.stage.name, "step": progress.step, "seconds": round(progress.seconds)}
                 write_log(self.out, where | figures | {"training_accuracy": running})
-            if progress.step % SAVE_EVERY == 0 or self.finished():
+            if parallel.rank() == 0 and (progress.step % SAVE_EVERY == 0 or self.finished()):
                 self.save()
 
 
 def write_log(out: Path, line: dict[str, Any]) -> None:
-    """Append a line to the log and show it."""
+    """Append a line to the log and show it; the first process does."""
+    if parallel.rank():
+        return
     text = json.dumps(line)
     with (out / "log.jsonl").open("a") as log:
         log.write(text + "\n")
@@ -215,7 +218,8 @@ def vision_tower(out: Path, seed: int) -> CLIPVisionModel:
         return tower
     tower, scores = train_vision(seed, steps=700, rows=96, rate=2e-3)
     write_log(out, {"stage": "vision", "accuracy": {part: round(score, 4) for part, score in scores.items()}})
-    torch.save(tower.state_dict(), kept)
+    if parallel.rank() == 0:
+        torch.save(tower.state_dict(), kept)
     return tower
 
 
@@ -247,16 +251,19 @@ def score(model: Any, out: Path, name: str, forms: tuple[str, ...], n: int = 204
 
 def train(out: Path, seed: int = 0) -> None:
     """Train whatever is not trained yet, and export both models to ``out``."""
+    first = parallel.rank() == 0
     out.mkdir(parents=True, exist_ok=True)
     language = language_model(out, seed)
     vision = vision_tower(out, seed)
+    torch.manual_seed(seed)
     vlm = assemble(language, vision)
-    if not (out / "base_lm").exists():
+    if first and not (out / "base_lm").exists():
         export(language, out / "base_lm")
         score(language, out, "base_lm", ("textual",))
     Run(replace(MULTIMODAL, seed=seed + MULTIMODAL.seed), vlm, out).finish()
-    export(vlm, out / "vlm")
-    score(vlm, out, "vlm", FORMS)
+    if first:
+        export(vlm, out / "vlm")
+        score(vlm, out, "vlm", FORMS)
 
 
 def main() -> None:
@@ -264,10 +271,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the model organism; run again to resume.")
     parser.add_argument("out", type=Path, help="folder for checkpoints, log and weights")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--processes", type=int, default=2, help="processes of one thread each; a batch is split"
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    train(arguments.out, arguments.seed)
+    parallel.run(train, arguments.processes, arguments.out, arguments.seed)
 
 
 if __name__ == "__main__":
