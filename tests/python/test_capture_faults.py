@@ -476,12 +476,12 @@ def test_an_interrupted_run_resumes_to_the_bytes_of_an_uninterrupted_one(tmp_pat
     capture_all(tmp_path / "whole")
     for skip_done in (True, False):
         path = tmp_path / f"resumed-{skip_done}"
-        for stop_after in (3, 11, 12, 20):
+        for stop_after in (2, 8, 9, 13):
             with pytest.raises(KeyboardInterrupt):
                 capture_all(path, stop_after, skip_done)
         capture_all(path, None, skip_done)
         assert Stored(path).files() == Stored(tmp_path / "whole").files()
-    assert len(Stored(path).steps) > 10
+    assert len(Stored(path).steps) > 8
 
 
 def committed(path):

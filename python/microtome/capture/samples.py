@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ class SampleTable:
         self.resumed = {id_ for frame in frames for id_ in frame["id"].to_list()}
         """Ids committed before this run: their samples are not captured again."""
         self.done = CommittedIds(self.resumed)
-        self._schema = dict(frames[0].schema) if frames else None
+        self._columns = sorted(set(frames[0].columns) - set(RESERVED)) if frames else None
+        self._types: dict[str, pl.DataType] = {}
+        for frame in frames:
+            self._learn(frame)
         self._next = sum(frame.height for frame in frames)
         self._taken: set[Any] = set()
         self._open: list[dict[str, Any]] = []
@@ -70,16 +74,29 @@ class SampleTable:
             if isinstance(values, (str, bytes)) or len(values) != len(ids):
                 found = "one string" if isinstance(values, (str, bytes)) else len(values)
                 raise ShapeError(f"samples: {name}: expected {len(ids)} values, one per id, found {found}")
-        self._check_columns(columns)
-        seen = set(self._taken)
+        if self._columns not in (None, sorted(columns)):
+            raise ShapeError(
+                f"samples: expected the columns {self._columns} of this store, found {sorted(columns)}"
+            )
+        self._check_ids(ids)
+        self._columns = sorted(columns)
+        self._taken.update(ids)
+        return [{"id": id_, **{name: columns[name][i] for name in columns}} for i, id_ in enumerate(ids)]
+
+    def _check_ids(self, ids: Sequence[Any]) -> None:
         for id_ in ids:
             if not isinstance(id_, (str, int)) or isinstance(id_, bool):
                 raise DtypeError(f"samples: ids: expected strings or integers, found {type(id_).__name__}")
-            if id_ in seen:
-                raise ShapeError(f"samples: ids: expected every id once, found {id_!r} again")
-            seen.add(id_)
-        self._taken = seen
-        return [{"id": id_, **{name: columns[name][i] for name in columns}} for i, id_ in enumerate(ids)]
+        known = type(next(iter(self._taken or self.resumed), ids[0]))
+        again = [id_ for id_ in ids if id_ in self._taken] or [
+            id_ for id_, n in Counter(ids).items() if n > 1
+        ]
+        if again:
+            raise ShapeError(f"samples: ids: expected every id once, found {again[0]!r} again")
+        if any(type(id_) is not known for id_ in ids):
+            raise DtypeError(
+                f"samples: ids: expected {known.__name__} throughout, found {type(ids[-1]).__name__}"
+            )
 
     def release(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Forget samples whose forward failed; their ids may come again."""
@@ -105,28 +122,26 @@ class SampleTable:
         self._open = []
         self.open_tokens = self.open_rows = 0
         frame = pl.DataFrame([self._series(name, values) for name, values in columns.items()])
-        self._schema = dict(frame.schema)
+        self._learn(frame)
         buffer = io.BytesIO()
         frame.write_parquet(buffer, compression="zstd")
         return buffer.getvalue(), ids
 
-    def _series(self, name: str, values: list[Any]) -> pl.Series:
-        dtype = pl.UInt64() if name == "sample" else (self._schema or {}).get(name)
-        try:
-            series = pl.Series(name, values, dtype=dtype, strict=True)
-        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
-            expected = dtype or "values of one type"
-            raise DtypeError(
-                f"samples: {name}: expected {expected}, found other values ({str(error).splitlines()[0]}). "
-                f"A column keeps the type of its first step"
-            ) from error
-        return series.cast(pl.String) if series.dtype == pl.Null else series
+    def _learn(self, frame: pl.DataFrame) -> None:
+        """Keep the first type that each column had; one without any value has none yet."""
+        for name, dtype in frame.schema.items():
+            if dtype != pl.Null:
+                self._types.setdefault(name, dtype)
 
-    def _check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        known = [
-            name for name in (self._schema or (self._open[0] if self._open else {})) if name not in RESERVED
-        ]
-        if (self._schema or self._open) and sorted(known) != sorted(columns):
-            raise ShapeError(
-                f"samples: expected the columns {sorted(known)} of this store, found {sorted(columns)}"
-            )
+    def _series(self, name: str, values: list[Any]) -> pl.Series:
+        known = pl.UInt64() if name == "sample" else self._types.get(name)
+        try:
+            found = pl.Series(name, values, strict=True)
+            if known is None or found.dtype == known or (found.dtype.is_numeric() and known.is_numeric()):
+                return found.cast(pl.UInt64) if name == "sample" else found
+            return pl.Series(name, values, dtype=known, strict=True)
+        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
+            raise DtypeError(
+                f"samples: {name}: expected {known or 'values of one type'}, found others "
+                f"({str(error).splitlines()[0]}). A column keeps the type of its first step"
+            ) from error
