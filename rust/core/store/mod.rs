@@ -1,5 +1,6 @@
 #![doc = include_str!("FORMAT.md")]
 
+pub mod faulty;
 pub mod format;
 pub mod fs;
 pub mod manifest;
