@@ -44,14 +44,14 @@ demo: build  ## the main job on the shipped model: writes demo/report.html
 test: test-rust test-python  ## all tests but the long fault tiers
 
 test-rust: $(VENV)/.ready
-	cargo test --quiet
+	cargo test --quiet --features failpoints
 
 test-python: wheel
 	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not slow and not gpu and not full"
 
 test-full: wheel  ## the long fault tiers as well
-	cargo test --quiet -- --include-ignored
+	cargo test --quiet --features failpoints -- --include-ignored
 	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not gpu"
 

@@ -44,11 +44,9 @@ impl<'py> Matrix<'py> {
     /// The matrix as the core sees it.
     pub fn rows(&self, name: &str) -> PyResult<Rows<'_>> {
         let (data, shape) = match self {
-            Self::F32(a) => (Data::F32(contiguous(a.as_slice(), name)?), a.shape()),
-            Self::F16(a) => (Data::F16(contiguous(a.as_slice(), name)?), a.shape()),
-            Self::Bf16(a) => {
-                (Data::Bf16(contiguous(a.as_slice(), name)?.reinterpret_cast::<bf16>()), a.shape())
-            }
+            Self::F32(a) => (Data::F32(row_major(a, name)?), a.shape()),
+            Self::F16(a) => (Data::F16(row_major(a, name)?), a.shape()),
+            Self::Bf16(a) => (Data::Bf16(row_major(a, name)?.reinterpret_cast::<bf16>()), a.shape()),
         };
         if shape[1] == 0 {
             return Err(shape_error(name, "rows of at least one column", &format!("shape {shape:?}")));
@@ -106,6 +104,14 @@ fn two_dimensional<'py, T: numpy::Element>(
             .unwrap_or_else(|_| type_name(object));
         shape_error(name, "a matrix (n, d)", &format!("shape {shape}"))
     })
+}
+
+/// The elements of a matrix row by row; `as_slice` alone would take a Fortran-ordered one column by column.
+pub fn row_major<'a, T: numpy::Element>(
+    matrix: &'a PyReadonlyArray2<'_, T>,
+    name: &str,
+) -> PyResult<&'a [T]> {
+    contiguous(if matrix.is_c_contiguous() { matrix.as_slice().ok() } else { None }.ok_or(()), name)
 }
 
 fn contiguous<'a, T, E>(slice: Result<&'a [T], E>, name: &str) -> PyResult<&'a [T]> {

@@ -11,7 +11,7 @@ use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArray, PyUntypedArrayMe
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arrays::Matrix;
+use crate::arrays::{Matrix, row_major};
 use crate::error::{dtype_error, forked, shape_error};
 use crate::run::detached;
 
@@ -244,9 +244,8 @@ impl CodesWriter {
                 ));
             }
         }
-        let strided = |_| shape_error("codes", "contiguous, aligned arrays", "strided or misaligned memory");
-        let indices = bytemuck::cast_slice(indices.as_slice().map_err(strided)?);
-        let values = bytemuck::cast_slice(values.as_slice().map_err(strided)?);
+        let indices = bytemuck::cast_slice(row_major(&indices, "indices")?);
+        let values = bytemuck::cast_slice(row_major(&values, "values")?);
         let rows = bytemuck::cast_slice(contiguous(&rows, "row")?);
         self.owned.with(py, "append", |writer| {
             writer.append(TOKENS, n, &[rows], &[(&self.hook, vec![indices, values])])
