@@ -1,4 +1,4 @@
-"""Activations of one hook: a lazy selection of rows that reads as tensors, block by block, or straight into the core."""
+"""Activations of one hook: a lazy selection of rows, read as tensors, in blocks, or straight by the core."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["Activations", "places"]
 class Activations:
     """Rows of one hook, shape (n, d). Every metric takes it where it takes a matrix, and streams it.
 
-    Tensors it gives are private: where rows lie side by side they are copy-on-write views of the file, without a copy
-    until somebody writes, and writing changes neither the store nor another tensor.
+    Tensors it gives are private: where rows lie side by side they are copy-on-write views of the file, not
+    copied until somebody writes, and writing changes neither the store nor another tensor.
 
     Example:
         >>> acts = store["blocks.1.hook_resid_post"]                     # doctest: +SKIP
@@ -94,7 +94,11 @@ class Activations:
         return len(self._selection)
 
     def __repr__(self) -> str:
-        n = "rows not evaluated" if self._predicates and "_selection" not in self.__dict__ else f"{len(self)} rows"
+        n = (
+            "rows not evaluated"
+            if self._predicates and "_selection" not in self.__dict__
+            else f"{len(self)} rows"
+        )
         return f"Activations({self.hook!r}, {n}, d={self.width}, {self._base.dtype})"
 
     def __getitem__(self, rows: Any) -> Any:
@@ -111,11 +115,11 @@ class Activations:
         return tensors.to_tensor(np.asarray(selection.read(start, stop)), selection.dtype)
 
     def where(self, *predicates: pl.Expr) -> Activations:
-        """The rows that meet polars expressions over the columns of rows and samples. Nothing is read before it is needed.
+        """The rows that meet polars expressions over rows and samples. Nothing is read before it is needed.
 
         Args:
-            predicates: Boolean expressions, applied one after the other. Columns of rows (``row``, ``sample``,
-                ``position``, ``token_id``, ``kind``, ``special``) and of samples (``id`` and the user's own).
+            predicates: Boolean expressions, applied one after the other, over the columns of rows (``row``,
+                ``sample``, ``position``, ``token_id``, ``kind``, ``special``) and samples (``id`` and others).
 
         Example:
             >>> acts.where(pl.col("kind") == "image", pl.col("domain") == "vqa")    # doctest: +SKIP
@@ -126,7 +130,7 @@ class Activations:
         return Activations(self.store, self.hook, self.space, self._base, (*self._predicates, *predicates))
 
     def take(self, rows: Any) -> Activations:
-        """The rows given (a slice, numbers or a mask), in their order, as a selection. Reads no activations."""
+        """The rows given (a slice, numbers or a mask), in their order; reads no activations."""
         if isinstance(rows, slice) and rows.step in (None, 1):
             start, stop, _ = rows.indices(len(self))
             chosen = self._selection.slice(start, max(start, stop))
@@ -181,7 +185,9 @@ def places(rows: Any, n: int) -> npt.NDArray[np.uint64]:
         return np.arange(*rows.indices(n), dtype=np.int64).astype(np.uint64)
     values = np.atleast_1d(np.asarray(rows))
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iub"):
-        raise ShapeError(f"rows: expected a slice, row numbers or a mask, found {values.dtype} {values.shape}")
+        raise ShapeError(
+            f"rows: expected a slice, row numbers or a mask, found {values.dtype} {values.shape}"
+        )
     if values.dtype.kind == "b":
         if len(values) != n:
             raise ShapeError(f"rows: expected a mask of {n} rows, found {len(values)}")

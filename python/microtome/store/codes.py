@@ -123,9 +123,9 @@ class StoredCodes:
 
 
 class CodesWriter:
-    """Writes codes block by block; made by :meth:`ActivationStore.write_codes`. Goes on where an earlier one stopped.
+    """Writes codes block by block, resuming an earlier writer; see :meth:`ActivationStore.write_codes`.
 
-    Leaving the ``with`` block commits what was appended; leaving it by an exception drops what is not committed.
+    Leaving the ``with`` block commits what was appended; an exception drops what is not committed.
     """
 
     def __init__(

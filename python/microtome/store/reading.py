@@ -8,9 +8,7 @@ import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import polars as pl
+from typing import TYPE_CHECKING, Any
 
 from microtome import _core
 from microtome.errors import HookError
@@ -18,20 +16,23 @@ from microtome.store.activations import Activations
 from microtome.store.codes import CODES, CodesWriter, StoredCodes, codes_folder
 from microtome.store.tables import ROW, row_frame, sample_frame
 
+if TYPE_CHECKING:
+    import polars as pl
+
 __all__ = ["ActivationStore"]
 
 
 class ActivationStore:
-    """What a capture has committed, as it was at the moment of opening. Read-only; a running capture is not disturbed.
+    """What a capture had committed at the moment of opening. Read-only; a running capture is not disturbed.
 
     Args:
         path: folder of the store.
-        verify: when the CRC32C of a 1 MiB block is computed: ``"first"`` touch after opening, ``"always"``, ``"never"``.
-        backend: ``"mmap"``, or ``"pread"`` for network disks, where a map would turn a lost connection into a signal.
+        verify: when the CRC32C of a block is computed: at its ``"first"`` touch, ``"always"``, ``"never"``.
+        backend: ``"mmap"``, or ``"pread"`` for network disks, where a map makes a lost connection a signal.
 
     Raises:
         StoreError: ``path`` is not a store.
-        ManifestError: the manifest is damaged. CorruptShardError follows at the first touch of a damaged shard.
+        ManifestError: the manifest is damaged. A damaged shard is a CorruptShardError at its first touch.
         VersionError: written by a format that this build does not read.
         UnsafeCheckpointError: ``path`` is a pickle or an archive.
 
@@ -74,7 +75,7 @@ class ActivationStore:
 
     @property
     def n_rows(self) -> int:
-        """Committed rows of the decoder's tokens, or of the only row space of a store without them."""
+        """Committed rows of the decoder's tokens, or of the first row space of a store without."""
         return self.n_rows_of(self._main_space)
 
     @property
@@ -87,7 +88,7 @@ class ActivationStore:
 
     @property
     def rows(self) -> pl.LazyFrame:
-        """Row table of the decoder's tokens: ``sample``, ``position``, ``token_id``, ``kind``, ``special``."""
+        """Row table of the tokens: ``sample``, ``position``, ``token_id``, ``kind``, ``special``."""
         return self.rows_of(self._main_space)
 
     def rows_of(self, space: str) -> pl.LazyFrame:
@@ -120,7 +121,9 @@ class ActivationStore:
         name = self._canonical(hook)
         if name is None:
             near = difflib.get_close_matches(hook, self._tables, n=3, cutoff=0.3) or self.hooks[:3]
-            raise HookError(f"no hook {hook!r}: {self.path}: expected e.g. {', '.join(near)}. See store.hooks")
+            raise HookError(
+                f"no hook {hook!r}: {self.path}: expected e.g. {', '.join(near)}. See store.hooks"
+            )
         return Activations(self, name, self._tables[name], self._reader.hook(name))
 
     def __repr__(self) -> str:
@@ -165,7 +168,7 @@ class ActivationStore:
         dictionary: str,
         step_rows: int = 65_536,
     ) -> CodesWriter:
-        """Write sparse codes of a hook (or of a selection of its rows) beside the activations, block by block.
+        """Write sparse codes of a hook, or of a selection of its rows, beside the activations.
 
         Args:
             name: folder name of the codes: letters, digits and ``._-``.

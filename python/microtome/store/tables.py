@@ -44,7 +44,7 @@ def row_schema(reader: _core.StoreReader, space: str) -> dict[str, pl.DataType]:
 
 
 def row_frame(reader: _core.StoreReader, space: str) -> pl.LazyFrame:
-    """The row table of ``space``, with its row numbers. A query reads the columns it names, a million rows at a time."""
+    """The row table of ``space`` with row numbers; a query reads what it names, a million rows at a time."""
     schema = row_schema(reader, space)
     n = sum(step[space] for step in reader.steps)
 
@@ -75,7 +75,7 @@ def _series(
 
 
 def sample_frame(reader: _core.StoreReader) -> pl.LazyFrame:
-    """One row per committed sample: ``sample``, ``id`` and the user's columns; a column that a step lacks is null there."""
+    """One row per sample: ``sample``, ``id`` and the user's columns, null where a step lacks one."""
     frames = [pl.scan_parquet(io.BytesIO(reader.samples(step))) for step in range(len(reader.steps))]
     if not frames:
         return pl.LazyFrame(schema={"sample": pl.UInt64(), "id": pl.String()})
@@ -85,7 +85,7 @@ def sample_frame(reader: _core.StoreReader) -> pl.LazyFrame:
 def selected(
     rows: pl.LazyFrame, samples: pl.LazyFrame, predicates: tuple[pl.Expr, ...], row_columns: set[str]
 ) -> pl.LazyFrame:
-    """The rows that meet all predicates, one after the other; samples are joined when one of them is asked for."""
+    """The rows that meet all predicates, one after the other; samples are joined where one needs them."""
     named = {name for predicate in predicates for name in predicate.meta.root_names()}
     if not named <= row_columns or any(p.meta.has_multiple_outputs() for p in predicates):
         rows = rows.join(samples, on="sample", how="left", maintain_order="left", suffix="_sample")

@@ -1,4 +1,4 @@
-"""Writes the golden store of format 1 beside this file. Run it only when a new format is released, into a new folder."""
+"""Writes the golden store of format 1. It is never run again: the files beside it are what it wrote."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def main() -> None:
             }
             writer.append("tokens", rows, {HOOK: ("bfloat16", words[first : first + n])})
             samples = io.BytesIO()
-            table = pl.DataFrame({"sample": [first // 5], "id": [f"s{first // 5}"]}, schema_overrides={"sample": pl.UInt64})
-            table.write_parquet(samples)
+            table = {"sample": np.array([first // 5], np.uint64), "id": [f"s{first // 5}"]}
+            pl.DataFrame(table).write_parquet(samples)
             writer.commit(samples.getvalue())
     store = mt.ActivationStore(HERE)
-    codes = mt.SparseCodes(np.tile(np.array([5, 2], np.uint32), (10, 1)), np.tile(np.array([2, 1], np.float32), (10, 1)), 8)
+    slots = np.tile(np.array([5, 2]), (10, 1))  # (10, k)
+    codes = mt.SparseCodes(slots.astype(np.uint32), (slots > 2).astype(np.float32) + 1, 8)
     with store.write_codes("topk", HOOK, k=2, d_sae=8, dictionary="none") as out:
         out.append(codes)
 

@@ -1,4 +1,4 @@
-"""The kill harness: a child appends numbered rows and reports each committed step, the parent kills it, a new child resumes."""
+"""The kill harness: a child appends numbered rows and reports each commit; it is killed, another resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows_from(start: int, n: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def write(path: Path, report: Callable[[int], None], *, early: bool = False) -> None:
-    """Append the steps that are missing. ``early`` is a planted bug: steps are reported before they are committed."""
+    """Append the steps that are missing. ``early`` is a planted bug: it reports before it commits."""
     with _core.StoreWriter(str(path), hooks=HOOKS, dtype="float32", facts='{"model": "numbers"}') as writer:
         report(writer.steps)
         while writer.steps < STEPS:
@@ -49,8 +49,10 @@ def write(path: Path, report: Callable[[int], None], *, early: bool = False) -> 
             report(writer.steps)
 
 
-def run_and_kill(path: Path, delay: float | None, *, early: bool = False, fail_at: str | None = None) -> tuple[int, bool]:
-    """Run a child; kill it ``delay`` seconds after it has opened the store. (Last step it reported, whether it finished.)"""
+def run_and_kill(
+    path: Path, delay: float | None, *, early: bool = False, fail_at: str | None = None
+) -> tuple[int, bool]:
+    """Run a child and kill it ``delay`` seconds after it opened the store: (last reported step, finished)."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -99,7 +101,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 def kill_until(kills: int, folder: Path, seed: int, *, early: bool = False) -> tuple[int, list[str]]:
     """Kill children at random moments, over as many stores as it takes. (Kills, broken promises.)"""
-    dice = random.Random(seed)  # noqa: S311
+    dice = random.Random(seed)
     begin = time.perf_counter()
     run_and_kill(folder / "whole", None)
     duration, whole = time.perf_counter() - begin, files(folder / "whole")

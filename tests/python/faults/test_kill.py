@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from faults import kill
 
+from faults import kill
 from microtome import _core
 
 
@@ -26,7 +26,16 @@ def test_harness_catches_a_step_that_is_reported_before_it_is_committed(tmp_path
     assert any("were reported" in problem for problem in broken)
 
 
-POINTS = ["appended", "header-written", "sealed", "synced", "renamed", "step-in-place", "manifest-written", "committed"]
+POINTS = [
+    "appended",
+    "header-written",
+    "sealed",
+    "synced",
+    "renamed",
+    "step-in-place",
+    "manifest-written",
+    "committed",
+]
 
 
 @pytest.mark.skipif(not _core.FAILPOINTS, reason="built without the feature failpoints")

@@ -8,12 +8,12 @@ import time
 
 import numpy as np
 import pytest
-import stored
-from faults import kill
-from stored import HOOK, HOOKS
 
 import microtome as mt
+import stored
+from faults import kill
 from microtome import _core, errors
+from stored import HOOK, HOOKS
 
 
 def in_child(work) -> int:
@@ -66,7 +66,7 @@ def test_lock_is_free_after_kill(tmp_path):
 
 
 def race(path, racers: int) -> int:
-    """How many of the racers hold the lock at the same time, at most one after the other seen from outside."""
+    """The largest number of racers that hold the lock at the same time."""
     read_end, write_end = os.pipe()
     go_read, go_write = os.pipe()
     children = []
@@ -169,7 +169,7 @@ def test_readers_see_committed_steps_only_while_a_writer_runs(tmp_path, seconds)
 @pytest.mark.full
 @pytest.mark.parametrize("change", ["replaced", "deleted", "overwritten", "truncated"])
 def test_file_changed_under_a_scan_never_gives_wrong_numbers(tmp_path, change):
-    """Exit 0 means right sums, 3 an error, -7 a SIGBUS after a lost race, which the format page admits for truncation."""
+    """0: right sums; 3: an error; -7: SIGBUS after a lost race, which FORMAT.md admits for truncation."""
     outcomes = []
     for round_ in range(40):
         path = tmp_path / f"{round_}"
@@ -209,7 +209,9 @@ def test_file_changed_under_a_scan_never_gives_wrong_numbers(tmp_path, change):
                     file.seek(4096)
                     file.write(b"\1" * (5 << 20))
         outcomes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    allowed = {"replaced": {0}, "deleted": {0}, "overwritten": {0, 3}, "truncated": {0, 3, -signal.SIGBUS}}[change]
+    allowed = {"replaced": {0}, "deleted": {0}, "overwritten": {0, 3}, "truncated": {0, 3, -signal.SIGBUS}}[
+        change
+    ]
     assert set(outcomes) <= allowed, outcomes
 
 
