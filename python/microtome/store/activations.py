@@ -119,7 +119,7 @@ class Activations:
 
         Args:
             predicates: Boolean expressions, applied one after the other, over the columns of rows (``row``,
-                ``sample``, ``position``, ``token_id``, ``kind``, ``special``) and samples (``id`` and others).
+                ``sample``, ``position``, ``token_id``, ``kind``, ``special``) and samples (``id``, others).
 
         Example:
             >>> acts.where(pl.col("kind") == "image", pl.col("domain") == "vqa")    # doctest: +SKIP
