@@ -8,7 +8,7 @@ bits for any number of threads and any instruction set.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -176,6 +176,8 @@ def topk_encode(x: Any, W_enc: Any, b_enc: Any = None, k: int | None = None, **o
 
 
 def _checked_k(k: int | None, d_sae: int, activation: str) -> int | None:
+    if activation not in get_args(Activation):
+        raise ShapeError(f"activation: expected topk, batch_topk, jump_relu or relu, found {activation!r}")
     if activation not in ("topk", "batch_topk"):
         if k is not None:
             raise ShapeError(f"k: expected None with activation {activation!r}, found {k}")

@@ -14,7 +14,7 @@ use crate::metrics::encode::{
 use crate::rows::Rows;
 
 /// Rows per block with a fixed number of slots: enough to read the packed weights rarely.
-const SLOT_ROWS: usize = 512;
+const SLOT_ROWS: usize = 1024;
 /// Rows per block where a row may have any number of entries.
 const RAGGED_ROWS: usize = 128;
 /// Ranks per row and member of the batch that the first pass of Batch Top-K looks at.

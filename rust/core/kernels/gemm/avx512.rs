@@ -6,12 +6,14 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _CMP_NLT_UQ, _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
-    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
-    _mm512_storeu_ps,
+    __m512, __m512bh, __m512d, __m512i, _CMP_NLT_UQ, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_ps,
+    _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps,
+    _mm512_cvtps_pd, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_pd,
+    _mm512_setzero_si512, _mm512_storeu_pd, _mm512_storeu_ps,
 };
 
+use super::dot::{Group, LANES, add_rest, pairwise};
 use super::tile::{COLS, Columns, Lines, ROWS, Tile};
 
 /// Lanes of a register.
@@ -78,6 +80,97 @@ micro_kernel!(
     |sum, a, b| _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), pairs(a), pairs(b))),
     |done, _offset| _mm512_castsi512_ps(done)
 );
+
+/// Rows that one reading of a feature serves.
+const ABREAST: usize = 4;
+
+/// See [`super::dot::dots_of`]: four rows abreast, and the rows and the feature that come next fetched meanwhile.
+///
+/// # Safety
+/// The processor has the target features of this function.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn dots_of(group: Group<'_>, x: &[f32], products: &mut [f64]) {
+    let d = group.w.len();
+    let row = |r: u32| &x[r as usize * d..(r as usize + 1) * d];
+    let mut done = 0;
+    while done < group.len {
+        let count = ABREAST.min(group.len - done);
+        let next = if done + count == group.len { group.next } else { group.w };
+        let rows: [&[f32]; ABREAST] = std::array::from_fn(|i| row(group.rows[done + i.min(count - 1)]));
+        let ahead: [&[f32]; ABREAST] =
+            std::array::from_fn(|i| group.rows.get(done + count + i).map_or(rows[0], |&r| row(r)));
+        let out = &mut products[done..done + count];
+        match count {
+            1 => out.copy_from_slice(&dots(group.w, next, [rows[0]], [ahead[0]])),
+            2 => out.copy_from_slice(&dots(group.w, next, [rows[0], rows[1]], [ahead[0], ahead[1]])),
+            3 => out.copy_from_slice(&dots(
+                group.w,
+                next,
+                [rows[0], rows[1], rows[2]],
+                [ahead[0], ahead[1], ahead[2]],
+            )),
+            _ => out.copy_from_slice(&dots(group.w, next, rows, ahead)),
+        }
+        done += count;
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+fn dots<const N: usize>(w: &[f32], next: &[f32], x: [&[f32]; N], ahead: [&[f32]; N]) -> [f64; N] {
+    let mut sums = [[_mm512_setzero_pd(); LANES / 8]; N];
+    let (w_steps, w_rest) = w.as_chunks::<LANES>();
+    let x_steps = x.map(|x| &x.as_chunks::<LANES>().0[..w_steps.len()]);
+    let ahead = ahead.map(|a| &a.as_chunks::<LANES>().0[..w_steps.len()]);
+    let next = &next.as_chunks::<LANES>().0[..w_steps.len()];
+    for (step, w) in w_steps.iter().enumerate() {
+        fetch(&next[step]);
+        let w: [__m512d; LANES / 8] = std::array::from_fn(|q| widen(&w.as_chunks::<8>().0[q]));
+        for i in 0..N {
+            let x = x_steps[i][step].as_chunks::<8>().0;
+            fetch(&ahead[i][step]);
+            for q in 0..LANES / 8 {
+                sums[i][q] = _mm512_fmadd_pd(widen(&x[q]), w[q], sums[i][q]);
+            }
+        }
+    }
+    std::array::from_fn(|i| {
+        let mut lanes = [0.0; LANES];
+        for (lanes, sum) in lanes.as_chunks_mut::<8>().0.iter_mut().zip(sums[i]) {
+            *lanes = spill(sum);
+        }
+        add_rest::<true>(&mut lanes, &x[i][w_steps.len() * LANES..], w_rest);
+        pairwise(lanes)
+    })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn widen(from: &[f32; 8]) -> __m512d {
+    // SAFETY: `from` is 32 readable bytes; the load has no alignment of its own.
+    _mm512_cvtps_pd(unsafe { _mm256_loadu_ps(from.as_ptr()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn spill(from: __m512d) -> [f64; 8] {
+    let mut to = [0.0; 8];
+    // SAFETY: `to` is 64 writable bytes; the store has no alignment of its own.
+    unsafe { _mm512_storeu_pd(to.as_mut_ptr(), from) };
+    to
+}
+
+/// Asks for the two cache lines of a step ahead of their use.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch(step: &[f32; LANES]) {
+    for line in step.as_chunks::<16>().0 {
+        // SAFETY: a prefetch reads nothing and cannot fault. Newer compilers know that and ask for no block.
+        #[allow(unused_unsafe)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast())
+        };
+    }
+}
 
 fn half<T>(columns: &[T; COLS], start: usize) -> &[T; HALF] {
     &columns.as_chunks::<HALF>().0[start / HALF]

@@ -1,10 +1,10 @@
 //! Dot products: the exact one that decides every result, and the f32 ones that screen where nothing faster fits.
 
-use super::isa::per_isa;
+use super::isa::{Isa, Path, per_isa};
 use super::tile::{COLS, ROWS};
 
 /// Partial sums of [`dot`]. Part of the definition of a score: changing it changes last bits.
-const LANES: usize = 32;
+pub(super) const LANES: usize = 32;
 
 #[inline(always)]
 fn dot_body<const FUSED: bool>(x: &[f32], w: &[f32]) -> f64 {
@@ -16,9 +16,21 @@ fn dot_body<const FUSED: bool>(x: &[f32], w: &[f32]) -> f64 {
             lanes[l] = fused::<FUSED>(f64::from(x[l]), f64::from(w[l]), lanes[l]);
         }
     }
-    for (l, (&x, &w)) in x_rest.iter().zip(w_rest).enumerate() {
+    add_rest::<FUSED>(&mut lanes, x_rest, w_rest);
+    pairwise(lanes)
+}
+
+/// Adds the products of the last, incomplete step.
+#[inline(always)]
+pub(super) fn add_rest<const FUSED: bool>(lanes: &mut [f64; LANES], x: &[f32], w: &[f32]) {
+    for (l, (&x, &w)) in x.iter().zip(w).enumerate() {
         lanes[l] = fused::<FUSED>(f64::from(x), f64::from(w), lanes[l]);
     }
+}
+
+/// Adds the lanes in halves: 16 to 16, 8 to 8, and so on.
+#[inline(always)]
+pub(super) fn pairwise(mut lanes: [f64; LANES]) -> f64 {
     let mut width = LANES / 2;
     while width > 0 {
         for l in 0..width {
@@ -41,17 +53,43 @@ per_isa! {
     pub fn dot(x: &[f32], w: &[f32]) -> f64 = dot_body;
 }
 
+/// Pairs of one feature with some rows, in a list of such pairs.
+#[derive(Clone, Copy, Debug)]
+pub struct Group<'a> {
+    /// The feature.
+    pub w: &'a [f32],
+    /// The feature of the next group, worth fetching.
+    pub next: &'a [f32],
+    /// Rows of this group's pairs, then rows of later pairs, worth fetching.
+    pub rows: &'a [u32],
+    /// Pairs of this group.
+    pub len: usize,
+}
+
 #[inline(always)]
-fn dots_of_body<const FUSED: bool>(w: &[f32], x: &[f32], rows: &[u32], products: &mut [f64]) {
-    for (&row, product) in rows.iter().zip(products) {
-        let start = row as usize * w.len();
-        *product = dot_body::<FUSED>(&x[start..start + w.len()], w);
+fn dots_of_body<const FUSED: bool>(group: Group<'_>, x: &[f32], products: &mut [f64]) {
+    let d = group.w.len();
+    for (&row, product) in group.rows[..group.len].iter().zip(products) {
+        let start = row as usize * d;
+        *product = dot_body::<FUSED>(&x[start..start + d], group.w);
     }
 }
 
 per_isa! {
-    /// [`dot`] of `w` with the listed rows of `x`, which have its width.
-    pub fn dots_of(w: &[f32], x: &[f32], rows: &[u32], products: &mut [f64]) = dots_of_body;
+    fn dots_of_any(group: Group<'_>, x: &[f32], products: &mut [f64]) = dots_of_body;
+}
+
+/// [`dot`] of a feature with each row of its group; `x` holds all rows, row-major.
+pub fn dots_of(isa: Isa, group: Group<'_>, x: &[f32], products: &mut [f64]) {
+    match isa.path() {
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        // SAFETY: an `Isa` exists only for a path whose features the processor was asked for.
+        Path::Avx512 | Path::Avx512Bf16 | Path::Avx512Vnni => unsafe {
+            super::avx512::dots_of(group, x, products);
+        },
+        _ => dots_of_any(isa, group, x, products),
+    }
 }
 
 /// Features and rows whose accumulators stay in registers.
@@ -113,7 +151,6 @@ per_isa! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::isa::Isa;
     use super::*;
 
     fn numbers(n: usize, seed: u64) -> Vec<f32> {

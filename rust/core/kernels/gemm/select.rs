@@ -3,17 +3,18 @@
 //! For a block of rows, over growing ranges of features:
 //!
 //! 1. screen the range: keep candidates whose upper bound reaches the row's threshold;
-//! 2. score the `k` most promising ones in f64, and raise the threshold to the row's k-th best score;
+//! 2. raise the threshold: to the k-th largest lower bound where few candidates remain above it, else to the k-th best
+//!    real score, for which the `k` most promising candidates are scored in f64;
 //! 3. drop the candidates whose bound no longer reaches it.
 //!
-//! After the last range the candidates that are left are scored as well. Scoring goes feature by feature, so that each
+//! After the last range the candidates that are left are scored, the `k` most promising ones first. Scoring goes feature by feature, so that each
 //! feature is read once per block. A row that fills its space although its threshold was raised has defeated the screen;
 //! it is screened again in f32, and in the last resort scored against every feature.
 
 use std::ops::Range;
 
-use super::dot::{dot, dots_of};
-use super::pack::{Panel, Plan, Strips, down};
+use super::dot::{Group, dot, dots_of};
+use super::pack::{Panel, Plan, Slack, Strips, down};
 use super::tile::{COLS, ROWS, Tile};
 pub use crate::kernels::topk::Scored;
 use crate::kernels::topk::{Candidate, keep_best, promising_first};
@@ -21,11 +22,15 @@ use crate::kernels::topk::{Candidate, keep_best, promising_first};
 /// Bytes of panels that stay in the second-level cache while the strips pass.
 const GROUP_BYTES: usize = 256 << 10;
 /// Features of the first range; each further one ends four times as far.
-const FIRST_RANGE: usize = 1024;
+const FIRST_RANGE: usize = 512;
 /// Space of a row, in candidates per member wanted.
 const SPACE_PER_MEMBER: usize = 16;
 /// Smallest space of a row.
-const SMALLEST_SPACE: usize = 2048;
+const SMALLEST_SPACE: usize = 1280;
+/// Candidates per member that may wait while bounds alone raise the threshold.
+const WAITING_PER_MEMBER: usize = 6;
+/// Scores per member that a row collects before it keeps the best.
+const SCORES_PER_MEMBER: usize = 4;
 /// Sums of products below the range of f32 lose at most this, per unit of the largest feature weight.
 const UNDERFLOW: f64 = 1e-32;
 
@@ -36,6 +41,7 @@ pub struct Dictionary {
     panels: Vec<Panel>,
     n_features: usize,
     largest_norm: f64,
+    largest_slack: Slack,
     underflow: f64,
 }
 
@@ -107,7 +113,9 @@ struct Bench {
 struct Pairs {
     listed: Vec<(u32, u32)>,
     starts: Vec<u32>,
+    /// Row and feature of every pair, by feature.
     rows: Vec<u32>,
+    features: Vec<u32>,
     products: Vec<f64>,
 }
 
@@ -128,8 +136,9 @@ impl Dictionary {
     pub fn new(plan: Plan, panels: Vec<Panel>) -> Self {
         let n_features = panels.iter().map(|p| p.rows.len() / plan.d()).sum();
         let largest_norm = panels.iter().map(|p| p.largest_norm).fold(0.0, f64::max);
+        let largest_slack = panels.iter().map(Panel::largest_slack).fold(Slack::default(), Slack::or_larger);
         let weight = panels.iter().flat_map(|p| p.weight).fold(1.0, f64::max);
-        Self { plan, panels, n_features, largest_norm, underflow: UNDERFLOW * weight }
+        Self { plan, panels, n_features, largest_norm, largest_slack, underflow: UNDERFLOW * weight }
     }
 
     /// How features and rows are rounded.
@@ -250,12 +259,19 @@ impl Pass<'_> {
             let zeros = line.norm[r % ROWS] == 0.0;
             self.set_bar(r, self.dictionary.lowest_bar(self.wanted, zeros));
         }
-        for range in self.ranges() {
-            self.sweep(range);
+        let ranges = self.ranges();
+        for (i, range) in ranges.iter().enumerate() {
+            self.sweep(range.clone());
             if let Wanted::Best { k, .. } = self.wanted {
-                self.list_promising(k);
+                let last = i + 1 == ranges.len();
+                for row in 0..self.found.len() {
+                    if last || !self.raise_bar_by_bounds(row, k) {
+                        self.put_promising_first(row, k);
+                        self.list(row, k.min(self.bench.counts[row]));
+                    }
+                }
                 self.score_listed();
-                (0..self.found.len()).for_each(|r| self.raise_bar(r, k));
+                (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
             }
         }
         for r in 0..self.found.len() {
@@ -337,11 +353,23 @@ impl Pass<'_> {
         promising_first(candidates, k);
     }
 
-    fn list_promising(&mut self, k: usize) {
-        for row in 0..self.found.len() {
-            self.put_promising_first(row, k);
-            self.list(row, k.min(self.bench.counts[row]));
+    /// Raises the threshold of a row to its k-th largest lower bound, if few candidates remain above that.
+    fn raise_bar_by_bounds(&mut self, row: usize, k: usize) -> bool {
+        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
+        if candidates.len() < k || !self.found[row].is_empty() {
+            return false;
         }
+        promising_first(candidates, k - 1);
+        let line = &self.bench.strips.lines[row / ROWS];
+        let gap =
+            self.dictionary.largest_slack.gap(line.slack[row % ROWS], line.norm[row % ROWS], self.floats);
+        let bar = self.dictionary.bar(f64::from(candidates[k - 1].upper) - gap);
+        let reaching = candidates.iter().filter(|c| !(c.upper < bar)).count();
+        if reaching > WAITING_PER_MEMBER * k {
+            return false;
+        }
+        self.drop_below(row, bar);
+        true
     }
 
     /// Moves the first `m` candidates of a row to the pairs to be scored.
@@ -371,17 +399,28 @@ impl Pass<'_> {
     fn score_listed(&mut self) {
         let (dictionary, pairs) = (self.dictionary, &mut self.bench.pairs);
         pairs.sort_by_feature(dictionary.n_features);
-        for j in 0..dictionary.n_features {
-            let span = pairs.starts[j] as usize..pairs.starts[j + 1] as usize;
-            let rows = &pairs.rows[span];
-            if rows.is_empty() {
-                continue;
+        let mut start = 0;
+        while start < pairs.rows.len() {
+            let (feature, end) = pairs.group(start);
+            let next = if end < pairs.rows.len() { pairs.group(end).0 } else { feature };
+            let group = Group {
+                w: dictionary.feature(feature),
+                next: dictionary.feature(next),
+                rows: &pairs.rows[start..],
+                len: end - start,
+            };
+            pairs.products.resize(group.len, 0.0);
+            dots_of(dictionary.plan.isa(), group, self.x, &mut pairs.products);
+            for (&row, &product) in group.rows.iter().zip(&pairs.products) {
+                let found = &mut self.found[row as usize];
+                found.extend(dictionary.admit(feature, product, self.wanted));
+                if let Wanted::Best { k, .. } = self.wanted
+                    && found.len() >= SCORES_PER_MEMBER * k
+                {
+                    keep_best(found, k);
+                }
             }
-            pairs.products.resize(rows.len(), 0.0);
-            dots_of(dictionary.plan.isa(), dictionary.feature(j), self.x, rows, &mut pairs.products);
-            for (&row, &product) in rows.iter().zip(&pairs.products) {
-                self.found[row as usize].extend(dictionary.admit(j, product, self.wanted));
-            }
+            start = end;
         }
         self.scored += pairs.listed.len() as u64;
         pairs.listed.clear();
@@ -395,6 +434,11 @@ impl Pass<'_> {
             return;
         }
         let bar = self.dictionary.bar(found[k - 1].rank);
+        self.drop_below(row, bar);
+    }
+
+    /// Sets the threshold of a row, unless it is higher already, and drops the candidates below it.
+    fn drop_below(&mut self, row: usize, bar: f32) {
         let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
         let mut kept = 0;
         for i in 0..candidates.len() {
@@ -413,6 +457,12 @@ impl Pass<'_> {
 }
 
 impl Pairs {
+    /// The feature of the pair at `start`, and where the pairs of that feature end.
+    fn group(&self, start: usize) -> (usize, usize) {
+        let feature = self.features[start] as usize;
+        (feature, self.starts[feature + 1] as usize)
+    }
+
     /// Counting sort: `rows[starts[j]..starts[j + 1]]` are the rows listed with feature `j`, in the order of listing.
     fn sort_by_feature(&mut self, n_features: usize) {
         self.starts.clear();
@@ -424,9 +474,11 @@ impl Pairs {
             self.starts[j] += self.starts[j - 1];
         }
         self.rows.resize(self.listed.len(), 0);
+        self.features.resize(self.listed.len(), 0);
         for &(feature, row) in &self.listed {
             let place = &mut self.starts[feature as usize + 1];
             self.rows[*place as usize] = row;
+            self.features[*place as usize] = feature;
             *place += 1;
         }
     }

@@ -1,0 +1,165 @@
+//! The encoder against its definition in f64, on every instruction set of this processor.
+
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use microtome_core::kernels::gemm::isa::VARIABLE;
+use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
+use microtome_core::metrics::encode::{Activation, Weights};
+use microtome_core::scan::Context;
+use microtome_core::scan::encode::{Codes, encode, pack};
+use microtome_core::{Data, Error, Result, Rows};
+use proptest::prelude::*;
+
+fn with_context<T>(work: impl FnOnce(&Context<'_>) -> T) -> T {
+    let (cancel, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    work(&Context { cancel: &cancel, done: &done, memory_budget: 1 << 30 })
+}
+
+/// Features whose score in f64 is best, ties to the lower feature: the definition.
+fn best(x: &[f32], features: &[f32], k: usize, positive: bool) -> Vec<u32> {
+    let product = |w: &[f32]| -> f64 { x.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
+    let scores: Vec<f64> = features.chunks(x.len()).map(product).collect();
+    let mut order: Vec<u32> =
+        (0..scores.len() as u32).filter(|&j| !positive || scores[j as usize] > 0.0).collect();
+    order.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)));
+    order.truncate(k);
+    order
+}
+
+fn dictionary(isa: Isa, features: &[f32], d: usize, certificate: Certificate) -> Dictionary {
+    let plan = Plan::with_isa(isa, d, certificate, None);
+    let panels =
+        features.chunks(32 * d).enumerate().map(|(p, rows)| plan.panel(p, rows.to_vec(), &Terms::default()));
+    Dictionary::new(plan.clone(), panels.collect())
+}
+
+fn check(x: &[f32], features: &[f32], d: usize, k: usize) {
+    for isa in Isa::available() {
+        for (certificate, positive) in [(Certificate::Deterministic, true), (Certificate::Dithered, false)] {
+            let mut space = Space::default();
+            dictionary(isa, features, d, certificate).select(x, Wanted::Best { k, positive }, &mut space);
+            for (i, row) in x.chunks(d).enumerate() {
+                let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
+                assert_eq!(found, best(row, features, k, positive), "{isa:?} row {i} d={d} k={k}");
+            }
+        }
+    }
+}
+
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    let next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    std::iter::repeat_with(next).take(n).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn selection_equals_the_f64_definition(
+        (d, f, n) in (1_usize..70, 1_usize..140, 1_usize..30),
+        k in 1_usize..40,
+        seed in any::<u64>(),
+        coarse in any::<bool>(),
+    ) {
+        let round = |v: f32| if coarse { (v * 3.0).round() } else { v };
+        let x: Vec<f32> = noise(n * d, seed).into_iter().map(round).collect();
+        let w: Vec<f32> = noise(f * d, seed ^ 1).into_iter().map(round).collect();
+        check(&x, &w, d, k.min(f));
+    }
+}
+
+#[test]
+fn many_features_pass_through_all_ranges() {
+    let (d, f) = (48, 5000);
+    check(&noise(40 * d, 3), &noise(f * d, 4), d, 20);
+}
+
+#[test]
+fn identical_features_defeat_every_screen_and_ties_still_go_to_the_lower_index() {
+    let (d, f) = (32, 3000);
+    let w: Vec<f32> = noise(d, 5).into_iter().cycle().take(f * d).collect();
+    check(&noise(13 * d, 6), &w, d, 7);
+}
+
+#[test]
+fn zeros_denormals_and_huge_values_are_ranked_right() {
+    let (d, f) = (24, 300);
+    let w = noise(f * d, 8);
+    for scale in [0.0, 1e-42, 1e-30, 1e30] {
+        let x: Vec<f32> = noise(14 * d, 9).into_iter().map(|v| v * scale).collect();
+        for isa in Isa::available() {
+            let mut space = Space::default();
+            let wanted = Wanted::Best { k: 5, positive: false };
+            dictionary(isa, &w, d, Certificate::Deterministic).select(&x, wanted, &mut space);
+            for (i, row) in x.chunks(d).enumerate() {
+                let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
+                assert_eq!(found, best(row, &w, 5, false), "{isa:?} scale {scale} row {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn outlier_dimensions_a_thousand_times_the_rest_stay_exact() {
+    let (d, f) = (256, 2000);
+    let mut x = noise(30 * d, 10);
+    x.iter_mut().enumerate().filter(|(i, _)| matches!(i % d, 7 | 100)).for_each(|(_, v)| *v *= 1000.0);
+    check(&x, &noise(f * d, 11), d, 10);
+}
+
+fn codes(x: &[f32], w_enc: Rows<'_>, b_enc: &[f32], activation: Activation) -> Result<Codes> {
+    let weights = Weights { w_enc, b_enc: Some(b_enc), b_dec: None, norms: None, threshold: None };
+    with_context(|context| {
+        let encoder = pack(weights, activation, Certificate::Deterministic, context)?;
+        Ok(encode(&encoder, &Rows::new(Data::F32(x), w_enc.n())?, context)?.0)
+    })
+}
+
+#[test]
+fn codes_have_the_same_bits_for_any_number_of_threads() {
+    let (d, f, n) = (40, 700, 333);
+    let (x, w, b) = (noise(n * d, 12), noise(d * f, 13), noise(f, 14));
+    let w = Rows::new(Data::F32(&w), f).unwrap();
+    for activation in [Activation::TopK(9), Activation::BatchTopK(5), Activation::Relu] {
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| codes(&x, w, &b, activation)).unwrap()
+        };
+        let one = run(1);
+        for threads in [2, 3, 7] {
+            assert!(run(threads) == one, "{activation:?} on {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn bad_weights_and_rows_are_refused_by_name() {
+    let w = Rows::new(Data::F32(&[1.0, 2.0, f32::NAN, 4.0]), 2).unwrap();
+    assert!(
+        matches!(codes(&[1.0, 1.0], w, &[0.0; 2], Activation::TopK(1)), Err(Error::NonFinite { argument, found })
+        if argument == "W_enc" && found.contains("row 1, column 0"))
+    );
+    let w = Rows::new(Data::F32(&[1.0, 2.0, 3.0, 4.0]), 2).unwrap();
+    assert!(
+        matches!(codes(&[1.0, f32::INFINITY], w, &[0.0; 2], Activation::TopK(1)), Err(Error::NonFinite { argument, .. })
+        if argument == "x")
+    );
+    assert!(
+        matches!(codes(&[1.0, 1.0], w, &[0.0; 2], Activation::TopK(3)), Err(Error::Shape { argument, .. })
+        if argument == "k")
+    );
+    assert!(matches!(codes(&[1.0, 1.0], w, &[0.0; 3], Activation::Relu), Err(Error::Shape { argument, .. })
+        if argument == "b_enc"));
+}
+
+#[test]
+fn the_environment_names_the_path() {
+    // Other tests of this file name their paths directly, so the variable disturbs none of them.
+    let chosen = std::env::var(VARIABLE).ok();
+    let isa = Isa::choose().unwrap();
+    assert!(chosen.is_none_or(|name| name == isa.path().name()));
+}
