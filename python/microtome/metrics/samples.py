@@ -181,15 +181,18 @@ def top_table(
 def _positions(positions: pl.Series) -> npt.NDArray[np.uint32]:
     if not positions.dtype.is_integer() or positions.null_count():
         raise ShapeError(f"rows: expected an integer position in every row, found {positions.dtype}")
-    if int(positions.min()) < 0 or int(positions.max()) > np.iinfo(np.uint32).max:  # type: ignore[arg-type]
-        raise ShapeError(f"rows: expected positions from 0, found {positions.min()} to {positions.max()}")
-    return np.ascontiguousarray(positions.to_numpy(), np.uint32)
+    values = positions.to_numpy()
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > np.iinfo(np.uint32).max:
+        raise ShapeError(f"rows: expected positions from 0, found {low} to {high}")
+    return np.ascontiguousarray(values, np.uint32)
 
 
 def _features(features: npt.ArrayLike, d_sae: int) -> npt.NDArray[np.uint32]:
     wanted: npt.NDArray[Any] = np.asarray(features)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
         raise ShapeError(f"features: expected a list of integers, found {wanted.dtype} {wanted.shape}")
-    if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= d_sae):
-        raise ShapeError(f"features: expected 0 to {d_sae - 1}, found {wanted.min()} to {wanted.max()}")
+    low, high = (int(wanted.min()), int(wanted.max())) if wanted.size else (0, 0)
+    if wanted.size and (low < 0 or high >= d_sae):
+        raise ShapeError(f"features: expected 0 to {d_sae - 1}, found {low} to {high}")
     return np.ascontiguousarray(wanted, np.uint32)
