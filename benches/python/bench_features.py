@@ -2,7 +2,7 @@
 
     python benches/python/bench_features.py
 
-Runs of the two sides alternate in one process; a ratio above 1 means that microtome is faster. Sizes, seed and
+Runs of both sides alternate in one process; a ratio above 1 means that microtome is faster. Sizes, seed and
 threads come from MICROTOME_BENCH_SCALE, MICROTOME_BENCH_SEED and MICROTOME_NUM_THREADS. Where other processes
 share the cores, MICROTOME_BENCH_CLOCK=cpu compares processor time.
 """
