@@ -1,4 +1,4 @@
-"""Every format of a dictionary: told by its keys, read as its own library reads it, refused when it does not say enough.
+"""Every format of a dictionary: told by its keys, read as its own library reads it, refused when it says too little.
 
 The fixtures under ``tests/golden/sae`` were written by the peers' libraries where those install; see the
 README there.
@@ -206,7 +206,7 @@ def test_dictionary_learning_class_is_read_from_the_configuration(tmp_path):
     edit(folder, "config.json", trainer={"dict_class": "AutoEncoderTopK", "k": 3})
     assert mt.SAE.load_from_disk(folder).recipe.activation == "topk"
     edit(folder, "config.json", trainer={"dict_class": "CrossCoder"})
-    with pytest.raises(CheckpointError, match="dict_class: .* found 'CrossCoder'"):
+    with pytest.raises(CheckpointError, match=r"dict_class: .* found 'CrossCoder'"):
         mt.SAE.load_from_disk(folder)
 
 
@@ -329,7 +329,7 @@ def test_flipped_bit_in_own_file_is_found_by_the_fingerprint(tmp_path):
 def test_peer_file_with_other_weights_fails_its_self_check(tmp_path):
     dictionary(**RECIPES["topk"]).with_probe(torch.randn(30, 12)).save_to_disk(tmp_path, "saelens")
     edit(tmp_path, "cfg.json", k=9)
-    with pytest.raises(CheckpointError, match="self-check .* expected l0 5 on 30 probe rows, found"):
+    with pytest.raises(CheckpointError, match=r"self-check .* expected l0 5 on 30 probe rows, found"):
         mt.SAE.load_from_disk(tmp_path)
 
 
@@ -348,7 +348,7 @@ def test_missing_tensor_is_refused_by_name(fixture, file, tensor, tmp_path):
     raw = load_file(folder / file)
     del raw[tensor]
     save_file(raw, folder / file)
-    with pytest.raises(CheckpointError, match="missing tensor|unknown dictionary format"):
+    with pytest.raises(CheckpointError, match=r"missing tensor|unknown dictionary format"):
         mt.SAE.load_from_disk(folder)
 
 
@@ -389,7 +389,7 @@ def test_two_dictionaries_in_one_folder_are_not_chosen_between(tmp_path):
             GOLDEN / "circuit_tracer" / "relu" / "layer_3.safetensors", tmp_path / f"{name}.safetensors"
         )
     with pytest.raises(
-        CheckpointError, match="found layer_3.safetensors, layer_4.safetensors. Pass the path"
+        CheckpointError, match=r"found layer_3.safetensors, layer_4.safetensors. Pass the path"
     ):
         mt.SAE.load_from_disk(tmp_path)
     assert mt.SAE.load_from_disk(tmp_path / "layer_4.safetensors").recipe.hook_name == "blocks.4.hook_mlp_in"

@@ -255,6 +255,35 @@ def test_loss_where_says_which_rows_are_learnt():
         assert fvu[kind, other] > fvu[kind, kind] + 0.3
 
 
+def test_rows_of_a_captured_store_are_trained_on_and_named(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **shape))
+    hook = "blocks.0.hook_resid_post"
+    with mt.capture(model, tmp_path / "run", hooks=[hook], dtype="bfloat16", step_rows=512) as recorder:
+        for i in range(30):
+            recorder.samples(ids=[i], domain=["even" if i % 2 == 0 else "odd"])
+            with torch.no_grad():
+                model(input_ids=torch.randint(0, 40, (1, 40)))
+    acts = mt.ActivationStore(tmp_path / "run")[hook]
+    even = pl.col("domain") == "even"
+    told = config(steps=100, loss_where=even, regime="even")
+    result = train_sae(acts, told)
+    rows = acts.where(even)
+    assert train_sae(rows[:], told.replace(loss_where=None, eval_fraction=0)).tokens == result.tokens
+    recipe = result.sae.recipe
+    assert (recipe.hook_name, recipe.model_name, recipe.metadata["regime"]) == (
+        hook,
+        "LlamaForCausalLM",
+        "even",
+    )
+    codes = result.sae.encode(rows)
+    assert len(codes) == 15 * 40
+    assert mt.fvu(rows, result.sae.decode(codes)) == pytest.approx(result.fvu, abs=0.15)
+    assert result.fvu < 0.6
+
+
 def test_warm_start_keeps_the_index_of_features():
     x, _ = planted()
     base = train_sae(x, config(steps=300)).sae
@@ -325,7 +354,7 @@ def test_layers_are_trained_named_saved_and_not_trained_twice(tmp_path):
     for hook, sae in found.saes.items():
         assert alone.saes[hook].fingerprint() == sae.fingerprint()
         assert mt.SAE.load_from_disk(tmp_path / hook).recipe.hook_name == hook
-    with pytest.raises(ShapeError, match="found blocks.7"):
+    with pytest.raises(ShapeError, match=r"found blocks.7"):
         train_layers(acts, config(steps=20), hooks=["blocks.7.hook_resid_post"])
 
 

@@ -105,7 +105,7 @@ def train_sae(
     training, held_out = source.split(config.eval_fraction, config.seed)
     total = config.total_steps(len(training))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    begun = start(source, training, config, base, getattr(acts, "hook", None))
+    begun = start(source, training, config, base, _origin(acts, config))
     run = _Run(begun, config, total, _held_out_rows(source, held_out, config))
     facts = {"config": config.to_dict(), "data": _data_facts(source, training, base)}
     if folder is not None and resume:
@@ -313,6 +313,22 @@ class _Run:
                 self.optimizer.state[weight] = {key: moment.to(device) for key, moment in moments.items()}
         self.silent, self.threshold = state["silent"].to(device), state["threshold"].to(device)
         self.losses, self.points, self.step = state["losses"], record["points"], int(record["step"])
+
+
+def _origin(acts: Any, config: TrainConfig) -> dict[str, Any]:
+    """Where the rows come from, for the recipe: hook, model, store and regime."""
+    store = getattr(acts, "store", None)
+    model = store.facts.get("model", {}) if store is not None else {}
+    told = {
+        "store": store.fingerprint if store is not None else None,
+        "regime": config.regime,
+        "loss_where": None if config.loss_where is None else str(config.loss_where),
+    }
+    return {
+        "hook_name": getattr(acts, "hook", None),
+        "model_name": model.get("name") or model.get("class"),
+        "metadata": {name: value for name, value in told.items() if value is not None},
+    }
 
 
 def _held_out_rows(source: RowSource, numbers: np.ndarray, config: TrainConfig) -> Tensor:

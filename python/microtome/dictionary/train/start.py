@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Start(NamedTuple):
 
 
 def start(
-    source: RowSource, rows: np.ndarray, config: TrainConfig, base: SAE | None, hook: str | None
+    source: RowSource, rows: np.ndarray, config: TrainConfig, base: SAE | None, origin: dict[str, Any]
 ) -> Start:
     """Measure the data on up to 32,768 training rows and make the first weights.
 
@@ -55,9 +55,9 @@ def start(
     if float(norms.max()) == 0:
         raise ShapeError("acts: expected rows that differ from zero, found zeros alone")
     weights, recipe = (
-        _fresh(sample, float(norms.mean()), config, hook)
+        _fresh(sample, float(norms.mean()), config, origin)
         if base is None
-        else _warm(base, source.d, config, hook)
+        else _warm(base, source.d, config, origin)
     )
     scaled = sample.double() * recipe.input_scale
     variance = float((scaled - scaled.mean(0)).square().sum(1).mean()) or 1.0
@@ -67,7 +67,7 @@ def start(
 
 
 def _fresh(
-    sample: Tensor, mean_norm: float, config: TrainConfig, hook: str | None
+    sample: Tensor, mean_norm: float, config: TrainConfig, origin: dict[str, Any]
 ) -> tuple[dict[str, Tensor], Recipe]:
     d = sample.shape[1]
     d_sae = config.features(d)
@@ -81,14 +81,14 @@ def _fresh(
         apply_b_dec_to_input=True,
         input_scale=scale,
         output_scale=1 / scale,
-        hook_name=hook,
+        **origin,
     )
     weights = {"encoder": W_dec.clone(), "W_dec": W_dec, "b_dec": center}
     names = ("b_gate", "b_mag", "r_mag") if config.activation == "gated" else ("b_enc",)
     return weights | {name: torch.zeros(d_sae) for name in names}, recipe
 
 
-def _warm(base: SAE, d: int, config: TrainConfig, hook: str | None) -> tuple[dict[str, Tensor], Recipe]:
+def _warm(base: SAE, d: int, config: TrainConfig, origin: dict[str, Any]) -> tuple[dict[str, Tensor], Recipe]:
     """The base's weights with the architecture of the run; row ``f`` of either matrix stays feature ``f``."""
     if (base.d_in, base.d_out) != (d, d):
         raise ShapeError(
@@ -112,9 +112,8 @@ def _warm(base: SAE, d: int, config: TrainConfig, hook: str | None) -> tuple[dic
     if config.activation == "jumprelu" and "threshold" in tensors:
         weights["log_threshold"] = tensors["threshold"].cpu().clamp(min=1e-6).log()
     k = config.k if config.activation in ("topk", "batch_topk") else None
-    return weights, recipe.replace(
-        activation=config.activation, k=k, source="microtome", hook_name=hook or recipe.hook_name
-    )
+    known = {name: value for name, value in origin.items() if value is not None}
+    return weights, recipe.replace(activation=config.activation, k=k, source="microtome", **known)
 
 
 def _trainable(base: SAE, config: TrainConfig) -> tuple[dict[str, Tensor], Recipe]:
@@ -149,7 +148,7 @@ def geometric_median(x: Tensor, iterations: int = 50, tolerance: float = 1e-4) -
     """The point with the least sum of distances to the rows of ``x (n, d)``, by Weiszfeld's iteration.
 
     Example:
-        >>> geometric_median(torch.tensor([[0.0], [0.0], [9.0]]))
+        >>> geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).round(decimals=2)
         tensor([0.])
     """
     rows, median = x.float(), x.double().mean(0)
