@@ -217,7 +217,8 @@ pub fn fill_blocks<A: Send, B: Send>(
     work: impl Fn(Rows<'_>, usize, &mut [A], &mut [B]) -> Result<()> + Sync,
 ) -> Result<()> {
     let n = source.n_rows();
-    let pieces = out.0.par_chunks_mut(block_rows * width).zip(out.1.par_chunks_mut(block_rows * width));
+    let (a, b) = out;
+    let pieces = a.par_chunks_mut(block_rows * width).zip(b.par_chunks_mut(block_rows * width));
     pieces.enumerate().try_for_each(|(i, (a, b))| {
         context.check()?;
         let range = i * block_rows..n.min((i + 1) * block_rows);

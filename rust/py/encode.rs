@@ -1,4 +1,5 @@
 //! `microtome.metrics.encode` and `.codes`: sparse codes out of activations, and back.
+#![allow(clippy::needless_pass_by_value)] // PyO3 hands arguments over by value
 
 use microtome_core::kernels::gemm::{Certificate, Screen};
 use microtome_core::metrics::decode::{CsrCodes, decode_rows};

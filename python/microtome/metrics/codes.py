@@ -66,7 +66,7 @@ class SparseCodes:
         return f"SparseCodes(n={len(self)}, k={self.k}, d_sae={self.d_sae})"
 
     def to_torch(self) -> tuple[Any, Any]:
-        """Tensors ``(indices int64 (n, k), values float32 (n, k))``, in the order of ``torch.topk`` swapped to names."""
+        """Tensors ``(indices int64 (n, k), values float32 (n, k))``."""
         return _to_torch(self.indices, self.values)
 
     def to_csr(self) -> CSR:
@@ -100,10 +100,11 @@ class SparseCodes:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RaggedCodes:
-    """Codes with as many entries per row as fired; within a row largest value first, equal values by lower index.
+    """Codes with as many entries per row as fired, largest value first, equal values by lower feature index.
 
     Example:
-        >>> codes = RaggedCodes(np.array([0, 2, 2]), np.array([3, 1], np.uint32), np.array([2.0, 0.5], np.float32), 4)
+        >>> indices, values = np.array([3, 1], np.uint32), np.array([2.0, 0.5], np.float32)
+        >>> codes = RaggedCodes(np.array([0, 2, 2]), indices, values, d_sae=4)
         >>> len(codes), codes.to_dense()[0]
         (2, array([0. , 0.5, 0. , 2. ], dtype=float32))
     """
@@ -120,7 +121,7 @@ class RaggedCodes:
     def __post_init__(self) -> None:
         if self.indices.ndim != 1 or self.indices.shape != self.values.shape:
             raise ShapeError(
-                f"indices: expected (n_entries,) as values {self.values.shape}, found shape {self.indices.shape}"
+                f"indices: expected one per value {self.values.shape}, found shape {self.indices.shape}"
             )
         steps = np.diff(self.indptr)
         if (
@@ -146,7 +147,7 @@ class RaggedCodes:
         return f"RaggedCodes(n={len(self)}, entries={len(self.indices)}, d_sae={self.d_sae})"
 
     def to_torch(self) -> tuple[Any, Any, Any]:
-        """Tensors ``(indptr int64, indices int64, values float32)``, as ``torch.sparse_csr_tensor`` takes them."""
+        """Tensors ``(indptr int64, indices int64, values float32)``, for ``torch.sparse_csr_tensor``."""
         import torch
 
         return torch.from_numpy(np.array(self.indptr)), *_to_torch(self.indices, self.values)

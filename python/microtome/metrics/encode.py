@@ -1,8 +1,8 @@
 """Exact sparse codes from activations, by a packed encoder.
 
-The weights are packed once; each call then streams the rows through a low-precision screen that keeps every feature it
-cannot rule out, and scores those few in float64. The codes are those of real arithmetic on the stored numbers, the same
-bits for any number of threads and any instruction set.
+The weights are packed once; each call then streams the rows through a low-precision screen that keeps every
+feature it cannot rule out, and scores those few in float64. The codes are those of real arithmetic on the stored
+numbers, the same bits for any number of threads and any instruction set.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ class EncodeReport:
 class TopKEncoder:
     r"""An encoder with its weights packed: call it with activations, get sparse codes.
 
-    The pre-activation of feature ``j`` is
-    :math:`(x - b_{dec}) \cdot W_{enc,:,j} + b_{enc,j}`, computed in float64 in a fixed order and rounded to float32.
+    The pre-activation of feature ``j`` is :math:`(x - b_{dec}) \cdot W_{enc,:,j} + b_{enc,j}`, computed in float64
+    in a fixed order and rounded to float32.
 
     Args:
         W_enc: weights (d_in, d_sae), tensor or array of float32, float16 or bfloat16, as in SAELens.
         b_enc: bias (d_sae,), or None for zero.
         k: members per row, for ``"topk"`` and ``"batch_topk"``.
         b_dec: (d_in,), subtracted from every row first; None when the encoder does not centre its input.
-        norms: (d_sae,), positive: members are chosen by pre-activation times norm, and the pre-activation is returned
-            (for Top-K with decoders that are not normalised).
-        activation: ``"topk"`` keeps the k largest positive pre-activations of a row (Gao et al., arXiv 2406.04093);
-            ``"batch_topk"`` the ``k * n`` largest positive of all n rows of a call (Bussmann et al., arXiv 2412.06410);
-            ``"jump_relu"`` those above ``threshold`` and above zero (Rajamanoharan et al., arXiv 2407.14435);
-            ``"relu"`` those above zero.
+        norms: (d_sae,), positive: members are chosen by pre-activation times norm, and the pre-activation is
+            returned (for decoders that are not normalised).
+        activation: ``"topk"`` keeps the k largest positive pre-activations of a row (Gao et al., arXiv
+            2406.04093); ``"batch_topk"`` the ``k * n`` largest positive of all n rows of a call (Bussmann et al.,
+            arXiv 2412.06410); ``"jump_relu"`` those above ``threshold`` and above zero (Rajamanoharan et al.,
+            arXiv 2407.14435); ``"relu"`` those above zero.
         threshold: one number, or (d_sae,), for ``"jump_relu"``.
-        certificate: ``"deterministic"``: the screen's bound always holds (Cauchy-Schwarz). ``"dithered"``: tighter at
-            large ``d_in``, by dithered rounding; a bound fails with probability at most 1e-18 per row and feature
-            (Hoeffding).
+        certificate: ``"deterministic"``: the screen's bound always holds (Cauchy-Schwarz). ``"dithered"``: tighter
+            at large ``d_in``, by dithered rounding; a bound fails with probability at most 1e-18 per row and
+            feature (Hoeffding).
 
     Raises:
         ShapeError: a shape does not fit, or ``k`` lies outside 1 to d_sae.
@@ -125,8 +125,8 @@ class TopKEncoder:
         """Encode rows.
 
         Args:
-            x: activations (n, d_in): tensor (any device), array, or :class:`microtome.Activations`; float32, float16
-                or bfloat16.
+            x: activations (n, d_in) of float32, float16 or bfloat16: tensor (any device), array, or
+                :class:`microtome.Activations`.
             progress: show a bar on a terminal.
 
         Returns:

@@ -31,9 +31,10 @@ impl CsrCodes<'_> {
     /// [`Error::Shape`] naming what is wrong.
     pub fn check(&self, d_sae: usize) -> Result<()> {
         let entries = self.indices.len();
+        let end = i64::try_from(entries).ok();
         let rising = self.indptr.windows(2).all(|w| w[0] <= w[1]);
         let ends = (self.indptr.first().copied(), self.indptr.last().copied());
-        if !rising || ends != (Some(0), Some(entries as i64)) || self.values.len() != entries {
+        if !rising || ends != (Some(0), end) || self.values.len() != entries {
             let found = format!("{} values, pointers from {:?} to {:?}", self.values.len(), ends.0, ends.1);
             return Err(Error::shape("indptr", format!("to rise from 0 to {entries} entries"), found));
         }

@@ -165,10 +165,10 @@ fn spill(from: __m512d) -> [f64; 8] {
 fn fetch(step: &[f32; LANES]) {
     for line in step.as_chunks::<16>().0 {
         // SAFETY: a prefetch reads nothing and cannot fault. Newer compilers know that and ask for no block.
-        #[allow(unused_unsafe)]
+        #[allow(unused_unsafe, clippy::semicolon_if_nothing_returned)]
         unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast())
-        };
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+        }
     }
 }
 

@@ -28,6 +28,9 @@
 //! # Ok::<(), microtome_core::Error>(())
 //! ```
 
+// Bodies are inlined into one function per instruction set: that is what compiles them for it.
+#![allow(clippy::inline_always)]
+
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod dot;

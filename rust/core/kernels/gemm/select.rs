@@ -364,7 +364,7 @@ impl Pass<'_> {
         let gap =
             self.dictionary.largest_slack.gap(line.slack[row % ROWS], line.norm[row % ROWS], self.floats);
         let bar = self.dictionary.bar(f64::from(candidates[k - 1].upper) - gap);
-        let reaching = candidates.iter().filter(|c| !(c.upper < bar)).count();
+        let reaching = candidates.iter().filter(|c| reaches(c.upper, bar)).count();
         if reaching > WAITING_PER_MEMBER * k {
             return false;
         }
@@ -443,8 +443,7 @@ impl Pass<'_> {
         let mut kept = 0;
         for i in 0..candidates.len() {
             candidates[kept] = candidates[i];
-            // Not less, rather than greater or equal: a bound that is not a number keeps its candidate.
-            kept += usize::from(!(candidates[i].upper < bar));
+            kept += usize::from(reaches(candidates[i].upper, bar));
         }
         self.bench.counts[row] = kept;
         let current = self.bench.strips.lines[row / ROWS].threshold[row % ROWS];
@@ -482,6 +481,11 @@ impl Pairs {
             *place += 1;
         }
     }
+}
+
+/// Whether a candidate stays; a bound that is not a number bounds nothing, so it does.
+fn reaches(upper: f32, bar: f32) -> bool {
+    upper >= bar || upper.is_nan()
 }
 
 fn reset(found: &mut Vec<Vec<Scored>>, n: usize) {

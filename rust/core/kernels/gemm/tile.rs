@@ -61,11 +61,12 @@ fn bound_body<const FUSED: bool>(lines: &Lines, columns: &Columns, tile: &mut Ti
     for r in 0..ROWS {
         let upper = &mut tile.upper[r];
         let (slack, norm, threshold) = (lines.slack[r], lines.norm[r], lines.threshold[r]);
-        for c in 0..COLS {
-            upper[c] += slack * columns.norm[c] + (norm * columns.residual[c] + columns.bias[c]);
+        for (c, upper) in upper.iter_mut().enumerate() {
+            *upper += slack * columns.norm[c] + (norm * columns.residual[c] + columns.bias[c]);
         }
         // Not a number counts as a hit: what cannot be bounded must not be dropped.
-        tile.hits[r] = (0..COLS).fold(0, |hits, c| hits | (u32::from(!(upper[c] < threshold)) << c));
+        let hit = |u: f32| u32::from(u >= threshold || u.is_nan());
+        tile.hits[r] = (0..COLS).fold(0, |hits, c| hits | (hit(upper[c]) << c));
     }
 }
 

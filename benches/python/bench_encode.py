@@ -1,0 +1,122 @@
+"""Exact Top-K encode side by side with torch and faiss: ratios of medians of alternating runs in one process.
+
+torch computes ``topk(relu(x @ W + b))`` with the weights laid out as it likes them best; its bfloat16 is not exact.
+faiss is ``IndexFlatIP`` over the features. Everybody gets the same numbers, converted beforehand.
+
+    python benches/python/bench_encode.py        # MICROTOME_BENCH_ROWS, MICROTOME_BENCH_REPEATS, MICROTOME_NUM_THREADS
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import microtome as mt
+from microtome import _core
+
+SHAPES = [(512, 16_384, 32), (2048, 16_384, 50)]
+BARS = {"torch float32": 5.0, "faiss IndexFlatIP": 4.0, "torch bfloat16": 1.3}
+ROWS = int(os.environ.get("MICROTOME_BENCH_ROWS", "1024"))
+REPEATS = int(os.environ.get("MICROTOME_BENCH_REPEATS", "5"))
+
+
+def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, one round of all calls after the other; the first round warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peers(x: np.ndarray, W_enc: np.ndarray, k: int, threads: int) -> dict[str, Callable[[], Any]]:
+    """What a user could pick instead; a package that is not installed is left out."""
+    import torch
+
+    torch.set_num_threads(threads)
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, dtype in (("torch float32", torch.float32), ("torch bfloat16", torch.bfloat16)):
+        t, W = torch.from_numpy(x).to(dtype), torch.from_numpy(W_enc.T.copy()).to(dtype).T
+        calls[name] = lambda t=t, W=W: torch.topk(torch.relu(t @ W), k, sorted=False)
+    try:
+        import faiss
+    except ImportError:
+        return calls
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexFlatIP(x.shape[1])
+    index.add(np.ascontiguousarray(W_enc.T))
+    calls["faiss IndexFlatIP"] = lambda: index.search(x, k)
+    return calls
+
+
+def measure(d: int, d_sae: int, k: int, threads: int) -> list[dict[str, Any]]:
+    """One line per peer and certificate at one shape."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ROWS, d), dtype=np.float32)
+    W_enc = rng.standard_normal((d, d_sae), dtype=np.float32) / np.float32(np.sqrt(d))
+    encoders = {c: mt.TopKEncoder(W_enc, None, k=k, certificate=c) for c in ("deterministic", "dithered")}
+    ours = {name: (lambda e=encoder: e(x, progress=False)) for name, encoder in encoders.items()}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    encoders["deterministic"](x, progress=False)
+    extra_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    seconds = alternate(ours | peers(x, W_enc, k, threads), REPEATS)
+    lines = []
+    for certificate, encoder in encoders.items():
+        for peer in BARS:
+            if peer not in seconds:
+                continue
+            ratios = [b / a for a, b in zip(seconds[certificate], seconds[peer], strict=True)]
+            report = encoder.last_report
+            lines.append({
+                "name": f"encode ({certificate})",
+                "shape": f"d {d}, d_sae {d_sae}, k {k}, {threads} thread{'s' * (threads > 1)}",
+                "peer": peer,
+                "ratio": statistics.median(seconds[peer]) / statistics.median(seconds[certificate]),
+                "spread": (min(ratios), max(ratios)),
+                "bar": BARS[peer],
+                "candidates_per_k": report.candidates_per_k,
+                "escape_rate": report.escape_rate,
+                "extra_mib": extra_mib,
+                "path": f"{report.isa}/{report.screen}",
+            })  # fmt: skip
+    return lines
+
+
+def rows() -> list[dict[str, Any]]:
+    """All lines, for one thread and for all."""
+    if _core.BUILD_PROFILE != "release":
+        raise SystemExit("bench_encode: expected a release build, found a debug build. Run make build")
+    everything = []
+    usual = mt.num_threads()
+    for threads in sorted({1, usual}):
+        mt.set_num_threads(threads)
+        for shape in SHAPES:
+            everything += measure(*shape, threads)
+    mt.set_num_threads(usual)
+    return everything
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"{'what':24} {'shape':40} {'peer':18} {'ratio':>6} {'spread':>13}  bar  cand/k  escaped  MiB")
+    for line in rows():
+        low, high = line["spread"]
+        print(
+            f"{line['name']:24} {line['shape']:40} {line['peer']:18} {line['ratio']:6.2f} {low:6.2f}-{high:<6.2f}"
+            f" {line['bar']:4.1f} {line['candidates_per_k']:7.2f} {line['escape_rate']:8.4f} {line['extra_mib']:4.0f}"
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
