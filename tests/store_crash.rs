@@ -1,4 +1,5 @@
 //! Power cuts, failing calls and kills: P11 to P13 of the store's promises, on a file system in memory.
+#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
 
 use std::path::Path;
 use std::sync::Arc;

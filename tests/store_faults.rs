@@ -1,4 +1,5 @@
 //! Damaged and hostile bytes: P1 to P8 and P10 of the store's promises.
+#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
 
 mod sample_store;
 

@@ -1,4 +1,5 @@
 //! P11 at named points: a process dies there, the next one resumes. Needs the feature `failpoints`.
+#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
 #![cfg(feature = "failpoints")]
 
 mod sample_store;

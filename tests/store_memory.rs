@@ -1,4 +1,5 @@
 //! P2 and P5: a hostile file costs no memory and no time, however large it is or claims to be.
+#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
 #![allow(unsafe_code, reason = "an allocator that counts")]
 
 mod sample_store;

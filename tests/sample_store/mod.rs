@@ -1,5 +1,5 @@
 //! A small store for the tests: a hook of activations, a row table, sparse codes, in memory or on disk.
-#![allow(dead_code, reason = "each test uses a part")]
+#![allow(dead_code, clippy::unwrap_used, reason = "each test uses a part, and fails by panic")]
 
 use std::path::Path;
 use std::sync::Arc;

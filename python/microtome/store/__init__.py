@@ -1,7 +1,8 @@
 """Reading what a capture wrote: stores, activations, row and sample tables, sparse codes.
 
 What is committed never changes: readers and one writer work side by side. Files are opened when first
-touched, and checked block by block. ``rust/core/store/FORMAT.md`` is the format; every shard is a safetensors file.
+touched, and checked block by block. Every shard is a safetensors file. ``rust/core/store/FORMAT.md`` has the
+format.
 """
 
 from microtome.store.activations import Activations

@@ -179,7 +179,7 @@ impl Shard {
                 "dtype": t.dtype.code(), "shape": t.shape, "data_offsets": [t.begin, t.end],
             });
             let name = serde_json::Value::from(t.name.as_str());
-            json.push_str(&format!(",{name}:{entry}"));
+            json.extend([",", &name.to_string(), ":", &entry.to_string()]);
         }
         json.push('}');
         let mut page = [b' '; HEADER];
@@ -359,7 +359,7 @@ pub fn file_name(name: &str) -> String {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-') {
             out.push(char::from(byte));
         } else {
-            out.push_str(&format!("%{byte:02X}"));
+            out.extend(["%", &format!("{byte:02X}")]);
         }
     }
     out.push_str(".safetensors");

@@ -182,11 +182,12 @@ impl Manifest {
     /// # Errors
     /// [`Error::Internal`] when a value has no JSON form, which no value of these types lacks.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut text = format!("{{\n\"format\": {},\n\"facts\": {},\n", line(&self.format)?, self.facts);
-        for (key, list) in [("hooks", lines(&self.hooks)?), ("spaces", lines(&self.spaces)?)] {
-            text.push_str(&format!("\"{key}\": [\n{list}\n],\n"));
-        }
-        text.push_str(&format!("\"steps\": [\n{}\n],\n", lines(&self.steps)?));
+        let (format, facts) = (line(&self.format)?, &self.facts);
+        let (hooks, spaces, steps) = (lines(&self.hooks)?, lines(&self.spaces)?, lines(&self.steps)?);
+        let text = format!(
+            "{{\n\"format\": {format},\n\"facts\": {facts},\n\"hooks\": [\n{hooks}\n],\n\
+             \"spaces\": [\n{spaces}\n],\n\"steps\": [\n{steps}\n],\n"
+        );
         let mut bytes = text.into_bytes();
         bytes.extend_from_slice(CRC_KEY);
         let crc = crc32c::crc32c(&bytes);

@@ -262,10 +262,10 @@ impl Source for Activations<'_> {
 
     fn read<'a>(&'a self, range: Range<usize>, buffer: &'a mut Buffer) -> Result<Rows<'a>> {
         let Self { selection, dtype, d } = *self;
-        if let Some((step, rows)) = selection.only_piece(range.clone()) {
-            if let Some(bytes) = selection.shard(step)?.borrow(selection.column, rows)? {
-                return Rows::new(typed(bytes, dtype), d);
-            }
+        if let Some((step, rows)) = selection.only_piece(range.clone())
+            && let Some(bytes) = selection.shard(step)?.borrow(selection.column, rows)?
+        {
+            return Rows::new(typed(bytes, dtype), d);
         }
         selection.gather(range.clone(), buffer.bytes(range.len() * selection.row_bytes()))?;
         buffer.rows(dtype, range.len(), d)

@@ -31,6 +31,9 @@ pub enum Nonfinite {
     Keep,
 }
 
+/// Number of a table, and the bytes given for its columns.
+type Matched<'a> = (usize, Vec<&'a [u8]>);
+
 /// A store that is open for writing. There is one at a time.
 #[derive(Debug)]
 pub struct Writer {
@@ -121,7 +124,7 @@ impl Writer {
         self.poisoned_by(outcome)
     }
 
-    fn append_matched(&mut self, space: &str, n: usize, matched: &[(usize, Vec<&[u8]>)]) -> Result<()> {
+    fn append_matched(&mut self, space: &str, n: usize, matched: &[Matched<'_>]) -> Result<()> {
         let step = match &mut self.step {
             Some(step) => step,
             None => self.step.insert(OpenStep::create(&*self.fs, &self.root, &self.manifest, self.pid)?),
@@ -145,7 +148,7 @@ impl Writer {
         n: usize,
         rows: &[&'a [u8]],
         arrays: &[(&str, Vec<&'a [u8]>)],
-    ) -> Result<Vec<(usize, Vec<&'a [u8]>)>> {
+    ) -> Result<Vec<Matched<'a>>> {
         let spaces: Vec<&str> = self.manifest.spaces.iter().map(|s| s.name.as_str()).collect();
         if !spaces.contains(&space) {
             return Err(Error::shape("space", format!("one of {spaces:?}"), format!("{space:?}")));
