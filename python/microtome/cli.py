@@ -251,6 +251,56 @@ def cka(
 
 
 @app.command()
+def circuit(
+    model: Annotated[str, typer.Argument(help="organism, or a folder or hub id that transformers loads.")],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Task of the organism, or a JSON-lines file of pairs; give it several times.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for scores, circuits, tables and figures.")] = Path("circuits"),
+    pairs: Annotated[int, typer.Option(help="Pairs of each task and form, for the organism.")] = 250,
+    method: Annotated[str, typer.Option(help="ig, plain, clean_corrupted or ig_activations.")] = "ig",
+    steps: Annotated[int, typer.Option(help="Steps of integrated gradients.")] = 5,
+    sizes: Annotated[str, typer.Option(help="Circuit sizes, e.g. 0.01,0.05,0.2; the paper's 27 when empty.")] = "",
+    random: Annotated[int, typer.Option(help="Random controls of overlap and interchange.")] = 20,
+    windows: Annotated[str, typer.Option(help="Windows of back-patching; empty leaves it out.")] = "5,3,1",
+    exact: Annotated[int, typer.Option(help="Nodes patched exactly to audit the scores.")] = 100,
+    memory: Annotated[str | None, typer.Option(help="Memory budget of attribution, e.g. 4GiB.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs per forward.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of splits and draws.")] = 42,
+    progress: Progress = True,
+    config: Config = None,
+) -> None:
+    """Find the circuits of tasks in two forms, test them, compare them, and draw the figures.
+
+    Example: `microtome circuit organism --tasks colour --tasks counting --out runs/circuits`
+    """
+    from microtome.circuits.command import study
+
+    windows_of = tuple(int(w) for w in windows.split(",") if w.strip())
+    sizes_of = tuple(float(s) for s in sizes.split(",") if s.strip())
+    options = {
+        "method": method,
+        "steps": steps,
+        "n_random": random,
+        "n_exact": exact,
+        "windows": windows_of,
+        "memory_budget": memory,
+        "batch_size": batch_size,
+        "seed": seed,
+    } | ({"sizes": sizes_of} if sizes_of else {})
+    tables = study(model, tasks, out, pairs, options, progress=progress)
+    from microtome.report.circuits import write_figures
+
+    for row in tables["sizes"].iter_rows(named=True):
+        reached = "" if row["reached"] else "  (threshold not reached)"
+        _say(f"{row['task']:<12} {row['form']:<8} size {row['size']:6.3f}  faithfulness {row['faithfulness']:5.2f}{reached}")
+    for path in write_figures(out):
+        _say(f"figure: {path}")
+    _say(f"tables: {out}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for stores, tables and the report.")] = Path("demo"),
     questions: Annotated[int, typer.Option(help="Questions put to the models.")] = 2800,

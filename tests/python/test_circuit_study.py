@@ -1,0 +1,78 @@
+"""The study end to end on the model organism, and what the organism's circuits are like."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+import microtome as mt
+from microtome import organism
+from microtome.circuits import exact_agreement, faithfulness_curve, prepare, rank_correlation
+from microtome.circuits.study import Options, Study, run, shared_more_in_generation
+from microtome.errors import ShapeError
+
+SIZES = (0.0, 0.05, 0.1, 0.2, 0.5, 0.9)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return organism.load_model(), organism.load_processor()
+
+
+def pairs_of(shipped, task, form, n):
+    kind = organism.QUESTION_KINDS[task][0]
+    return prepare(*shipped, organism.pairs(task, form, n, kind=kind), correct_only=True)
+
+
+def test_attribution_ranks_the_top_nodes_of_the_organism_as_exact_patching_does(shipped):
+    """Rank correlation above 0.9 for integrated gradients."""
+    pairs = pairs_of(shipped, "counting", "textual", 6)
+    scores = mt.attribute(shipped[0], pairs, steps=10)
+    table = exact_agreement(shipped[0], pairs, scores, 60)
+    found = {kind: table.filter(pl.col("kind") == kind) for kind in ("head", "neuron")}
+    correlation = {kind: rank_correlation(t["score"], t["exact"]) for kind, t in found.items()}
+    assert correlation["neuron"] > 0.9, correlation
+    assert correlation["head"] > 0.8, correlation
+
+
+def test_a_fifth_of_the_nodes_is_faithful(shipped):
+    found, held_out = pairs_of(shipped, "counting", "textual", 24).split()
+    curve = faithfulness_curve(shipped[0], held_out, mt.attribute(shipped[0], found), (0.05, 0.1, 0.2))
+    assert curve.smallest(0.8) is not None, curve.values
+
+
+def test_study_writes_its_tables_and_figures(shipped, tmp_path):
+    from microtome.report.circuits import write_figures
+
+    model, processor = shipped
+    tasks = {"counting": {
+        form: prepare(model, processor, organism.pairs("counting", "textual", 12)) for form in ("visual", "textual")
+    }}  # fmt: skip
+    options = Options(steps=2, sizes=SIZES, n_random=2, n_exact=5, n_splits=1, windows=(1,))
+    found = run(model, tasks, tmp_path / "out", options)
+    expected = "accuracy agreement alignment backpatch cost curves effects interchange noise overlap repair sizes"
+    assert sorted(found.tables) == expected.split()
+    for name in expected.split():
+        assert pl.read_parquet(tmp_path / "out" / f"{name}.parquet").height == found.tables[name].height > 0
+    assert np.allclose(found.tables["alignment"]["cosine"], 1), "the two forms are the same prompts here"
+    assert found.tables["overlap"].filter(pl.col("group") == "all")["iou"].min() == 1
+    assert "generation" in shared_more_in_generation(found.tables)["group"]
+    figures = write_figures(tmp_path / "out")
+    assert {p.stem for p in figures} == {
+        "faithfulness", "overlap", "interchange", "alignment", "effects-counting", "backpatch-counting",
+    }  # fmt: skip
+    assert all(p.stat().st_size > 5000 for p in figures)
+    circuit = mt.Circuit.load(tmp_path / "out" / "circuit-counting-visual.parquet")
+    assert circuit == found.circuits["counting", "visual"]
+
+
+def test_study_refuses_what_it_cannot_do(tmp_path):
+    from microtome.report.circuits import write_figures
+
+    with pytest.raises(ShapeError, match="tasks: expected tasks"):
+        run(None, {}, tmp_path)
+    with pytest.raises(ShapeError, match="tasks: expected tasks"):
+        run(None, {"colour": {"spoken": None}}, tmp_path)
+    with pytest.raises(ShapeError, match="expected the tables of a circuit study"):
+        write_figures(tmp_path)
+    with pytest.raises(ShapeError, match="two forms|both forms"):
+        shared_more_in_generation(Study().tables)
