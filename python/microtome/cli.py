@@ -255,17 +255,26 @@ def circuit(
     model: Annotated[str, typer.Argument(help="organism, or a folder or hub id that transformers loads.")],
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="Task of the organism, or a JSON-lines file of pairs; give it several times.", show_default=False),
+        typer.Option(
+            help="Task of the organism, or a JSON-lines file of pairs; give it several times.",
+            show_default=False,
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for scores, circuits, tables and figures.")] = Path("circuits"),
+    out: Annotated[Path, typer.Option(help="Folder for scores, circuits, tables and figures.")] = Path(
+        "circuits"
+    ),
     pairs: Annotated[int, typer.Option(help="Pairs of each task and form, for the organism.")] = 250,
     method: Annotated[str, typer.Option(help="ig, plain, clean_corrupted or ig_activations.")] = "ig",
     steps: Annotated[int, typer.Option(help="Steps of integrated gradients.")] = 5,
-    sizes: Annotated[str, typer.Option(help="Circuit sizes, e.g. 0.01,0.05,0.2; the paper's 27 when empty.")] = "",
+    sizes: Annotated[
+        str, typer.Option(help="Circuit sizes, e.g. 0.01,0.05,0.2; the paper's 27 when empty.")
+    ] = "",
     random: Annotated[int, typer.Option(help="Random controls of overlap and interchange.")] = 20,
     windows: Annotated[str, typer.Option(help="Windows of back-patching; empty leaves it out.")] = "5,3,1",
     exact: Annotated[int, typer.Option(help="Nodes patched exactly to audit the scores.")] = 100,
-    memory: Annotated[str | None, typer.Option(help="Memory budget of attribution, e.g. 4GiB.", show_default=False)] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory budget of attribution, e.g. 4GiB.", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pairs per forward.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of splits and draws.")] = 42,
     progress: Progress = True,
@@ -294,7 +303,9 @@ def circuit(
 
     for row in tables["sizes"].iter_rows(named=True):
         reached = "" if row["reached"] else "  (threshold not reached)"
-        _say(f"{row['task']:<12} {row['form']:<8} size {row['size']:6.3f}  faithfulness {row['faithfulness']:5.2f}{reached}")
+        _say(
+            f"{row['task']:<12} {row['form']:<8} size {row['size']:6.3f}  faithfulness {row['faithfulness']:5.2f}{reached}"
+        )
     for path in write_figures(out):
         _say(f"figure: {path}")
     _say(f"tables: {out}")

@@ -41,7 +41,7 @@ class PlainNorm(nn.Module):
 
 
 def linear_model():
-    """One layer whose logits are linear in the heads' outputs, and in the neurons: no final norm, MLP fed by nothing but itself."""
+    """One layer and no final norm: logits are linear in the neurons, and in what the heads write."""
     built = tiny_models.build("llama")
     model = built.model.eval()
     decoder = model.get_decoder()

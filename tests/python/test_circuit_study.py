@@ -25,13 +25,10 @@ def pairs_of(shipped, task, form, n):
 
 def test_attribution_ranks_the_top_nodes_of_the_organism_as_exact_patching_does(shipped):
     """Rank correlation above 0.9 for integrated gradients."""
-    pairs = pairs_of(shipped, "counting", "textual", 6)
-    scores = mt.attribute(shipped[0], pairs, steps=10)
-    table = exact_agreement(shipped[0], pairs, scores, 60)
-    found = {kind: table.filter(pl.col("kind") == kind) for kind in ("head", "neuron")}
-    correlation = {kind: rank_correlation(t["score"], t["exact"]) for kind, t in found.items()}
-    assert correlation["neuron"] > 0.9, correlation
-    assert correlation["head"] > 0.8, correlation
+    pairs = pairs_of(shipped, "counting", "textual", 8)
+    scores = mt.attribute(shipped[0], pairs)
+    table = exact_agreement(shipped[0], pairs, scores, 60).head(60)
+    assert rank_correlation(table["score"], table["exact"]) > 0.9
 
 
 def test_a_fifth_of_the_nodes_is_faithful(shipped):
@@ -49,7 +46,9 @@ def test_study_writes_its_tables_and_figures(shipped, tmp_path):
     }}  # fmt: skip
     options = Options(steps=2, sizes=SIZES, n_random=2, n_exact=5, n_splits=1, windows=(1,))
     found = run(model, tasks, tmp_path / "out", options)
-    expected = "accuracy agreement alignment backpatch cost curves effects interchange noise overlap repair sizes"
+    expected = (
+        "accuracy agreement alignment backpatch cost curves effects interchange noise overlap repair sizes"
+    )
     assert sorted(found.tables) == expected.split()
     for name in expected.split():
         assert pl.read_parquet(tmp_path / "out" / f"{name}.parquet").height == found.tables[name].height > 0
@@ -74,5 +73,5 @@ def test_study_refuses_what_it_cannot_do(tmp_path):
         run(None, {"colour": {"spoken": None}}, tmp_path)
     with pytest.raises(ShapeError, match="expected the tables of a circuit study"):
         write_figures(tmp_path)
-    with pytest.raises(ShapeError, match="two forms|both forms"):
+    with pytest.raises(ShapeError, match="both forms"):
         shared_more_in_generation(Study().tables)

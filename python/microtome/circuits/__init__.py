@@ -8,13 +8,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from microtome.circuits.chance import expected_iou
 from microtome.circuits.circuit import Circuit, CircuitShape
 from microtome.circuits.edge_graph import EdgeGraph
 from microtome.circuits.overlap import circuit_iou, circuit_niou, compare_circuits
 from microtome.circuits.positions import PositionMap
 from microtome.circuits.scores import MIB_SIZES, SIZES, NodeScores
 from microtome.circuits.statistics import Interval, bootstrap, mcnemar
+from microtome.metrics import expected_iou
 from microtome.tensors import extra
 
 if find_spec("torch") is not None:

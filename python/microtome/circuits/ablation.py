@@ -35,8 +35,7 @@ def ablate_features(
     """Project directions out of the output of decoder layers: y ← y - Q Qᵀ y.
 
     Q is an orthonormal basis of a layer's directions, so for one unit direction v this is y - (yᵀv) v, and
-    for several the
-    order does not matter.
+    for several the order does not matter.
 
     Args:
         model: a transformers model. Its forward must be given ``input_ids``, which tell the positions.
@@ -131,8 +130,7 @@ def ablate_heads(
         model: a transformers model.
         heads: (layer, head) pairs.
         means: layer -> ``(H, d_head)``, see :func:`head_means`; or ``(P, H, d_head)``, a mean for each
-            position of prompts of
-            exactly that length.
+            position of prompts of exactly that length.
         positions: where.
 
     Raises:

@@ -1,9 +1,8 @@
 """How close image representations come to those of the same data in words, layer by layer (A13).
 
 For each layer: the mean over a picture's data tokens of the largest cosine to any data token of the
-description, from a
-separate run. Anisotropic models have high cosines between any two tokens, so the mean-centred cosine stands
-beside it.
+description, from a separate run. Anisotropic models have high cosines between any two tokens, so the
+mean-centred cosine stands beside it.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ def alignment(
 
     Returns:
         One row per layer, -1 for the merged embeddings: layer, cosine, cosine_low, cosine_high, centred,
-        centred_low,
-        centred_high, n_zero (tokens with a zero vector, left out).
+        centred_low, centred_high, n_zero (tokens with a zero vector, left out).
 
     Raises:
         ShapeError: the two forms differ in number, or a prompt has no such positions.

@@ -62,15 +62,13 @@ def attribute(
         steps: points k of the two integrated methods.
         ig_path: ``"text_only"`` leaves image features clean on the path, as the paper's reference code does.
         head_reduce: ``"abs_sum"`` is |Σ over d_head|, the first-order effect of the head; ``"sum_abs"`` takes
-            the absolute
-            value of every dimension first, as the reference code does.
+            the absolute value of every dimension first, as the reference code does.
         signed: keep signs instead of absolute values; opposite effects on different pairs then cancel.
         nodes: for ``"exact"``, the nodes to measure; the others are NaN. All when None.
         batch_size: pairs per forward; the points of a pair are batched besides.
         memory_budget: bytes, or text such as ``"2GiB"``, for what a run holds beside the model: graph,
-            activations and scores. A
-            smaller budget means smaller batches, layers run again, and several passes over layers and
-            positions.
+            activations and scores. A smaller budget means smaller batches, layers run again, and several
+            passes over layers and positions.
         out: folder of a resumable run: finished parts are skipped, scores are mapped from disk.
         progress: show a bar.
 
@@ -84,8 +82,7 @@ def attribute(
         >>> model, processor = organism.load_model(), organism.load_processor()
         >>> pairs = prepare(model, processor, organism.pairs("colour", "textual", 4))
         >>> scores = attribute(model, pairs)
-        >>> scores.heads.shape == (scores.shape.n_layers, pairs.n_slots, scores.shape.n_heads)
-        True
+        >>> scores.heads.shape == (scores.shape.n_layers, pairs.n_slots, scores.shape.n_heads) True
     """
     from microtome.capture.models import adapt
 

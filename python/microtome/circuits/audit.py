@@ -10,7 +10,7 @@ import polars as pl
 import torch
 
 from microtome.circuits.attribution import attribute
-from microtome.circuits.circuit import Circuit
+from microtome.circuits.circuit import KINDS, NAMES, Circuit, CircuitShape
 from microtome.circuits.faithfulness import faithfulness_of
 from microtome.circuits.forward import (
     as_pair_set,
@@ -42,8 +42,7 @@ def rank_correlation(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
         ShapeError: the vectors differ in length.
 
     Example:
-        >>> round(rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]), 6)
-        0.8
+        >>> round(rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]), 6) 0.8
     """
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if a.shape != b.shape or a.ndim != 1:
@@ -53,7 +52,7 @@ def rank_correlation(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     ranks = [pl.Series(v).rank("average").to_numpy() for v in (a, b)]
     if len(a) < 2 or any(np.ptp(r) == 0 for r in ranks):
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def exact_agreement(
@@ -68,13 +67,13 @@ def exact_agreement(
     """Attribution against exact patching on the ``n_nodes`` heads and as many neurons that score highest.
 
     Returns:
-        One row per node: kind, layer, position, index, score, exact. Feed the columns to
+        One row per node, the highest score first: kind, layer, position, index, score, exact. Feed the columns to
         :func:`rank_correlation`.
     """
     top = scores.to_polars(n_nodes)
     masks = []
-    for kind, name in (("heads", "head"), ("neurons", "neuron")):
-        mask = np.zeros(scores.shape.of(kind), bool)  # type: ignore[arg-type]
+    for kind, name in NAMES.items():
+        mask = np.zeros(scores.shape.of(kind), np.bool_)
         rows = top.filter(pl.col("kind") == name).select("layer", "position", "index").to_numpy()
         mask[tuple(rows.T)] = True
         masks.append(mask)
@@ -82,7 +81,7 @@ def exact_agreement(
         model,
         pairs,
         "exact",
-        nodes=Circuit.of_masks(*masks),
+        nodes=Circuit.of_masks(masks[0], masks[1]),
         signed=scores.signed,
         batch_size=batch_size,
         progress=progress,
@@ -166,17 +165,16 @@ def patching_map(
     One forward per layer and position; :meth:`NodeScores.effect_map` is its approximation.
     """
     from microtome.capture.models import adapt
-    from microtome.circuits.circuit import CircuitShape
 
     adapter = adapt(model)
     shape = CircuitShape(adapter.n_layers, pairs.n_slots, adapter.n_heads, adapter.d_mlp)
     circuits = []
     for layer in range(shape.n_layers):
         for slot in range(shape.n_slots):
-            masks = [np.ones(shape.of(kind), bool) for kind in ("heads", "neurons")]  # type: ignore[arg-type]
+            masks = [np.ones(shape.of(kind), bool) for kind in KINDS]
             for mask in masks:
                 mask[layer, slot] = False
-            circuits.append(Circuit.of_masks(*masks))
+            circuits.append(Circuit.of_masks(masks[0], masks[1]))
     found = faithfulness_of(model, pairs, circuits, batch_size=batch_size, progress=progress)
     effects = [float(np.abs(one.circuit - one.full).mean()) for one in found]
     return np.array(effects).reshape(shape.n_layers, shape.n_slots)

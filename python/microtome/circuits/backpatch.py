@@ -2,13 +2,11 @@
 
 1. A clean run keeps resid_post of every layer at the data positions.
 2. A second run overwrites resid_post[dst + j] there with the kept resid_post[src + j], |j| ≤ w // 2, dst <
-   src; the layers after
-   recompute (``repeat_processing``), or are given their clean values again.
+   src; the layers after recompute (``repeat_processing``), or are given their clean values again.
 3. The answer is the most likely of the task's labels at the last position.
 
 The best (src, dst, window) is chosen on one part of the prompts and judged on the other. In a causal decoder
-whose data come
-first nothing of the question can flow back into the patched positions.
+whose data come first nothing of the question can flow back into the patched positions.
 """
 
 from __future__ import annotations
@@ -143,8 +141,7 @@ def back_patch(
     Args:
         model: a transformers model; left as it was found.
         pairs: prepared pairs; all prompts, not only the ones that the model answers. Their counterfactuals
-            are not used.
-            Run it on the textual form as well: that is the control.
+            are not used. Run it on the textual form as well: that is the control.
         settings: (src, dst, window) triples; all pairs of layers in all ``windows`` when None.
         windows: odd widths.
         labels: token ids among which the answer is chosen; the answers of all pairs when None.
@@ -192,7 +189,7 @@ def _check(settings: Sequence[Setting], n_layers: int) -> None:
 def _check_data_first(pairs: PairSet, group: str, allow_prefix: bool) -> None:
     heads = set()
     for i, pair in enumerate(pairs):
-        where = pair.spans.get(group, ())
+        where = np.asarray(pair.spans.get(group, ()), np.int64)
         if not len(where):
             raise ShapeError(f"pair {i}: expected {group} positions to patch, found none")
         heads.add(tuple(pair.clean["input_ids"][0, : int(where[0])].tolist()))

@@ -4,13 +4,13 @@
 >>> heads, neurons = np.zeros((2, 3, 4), bool), np.zeros((2, 3, 8), bool)
 >>> heads[1, 2, 0] = neurons[0, 2, 5] = True
 >>> circuit = Circuit.of_masks(heads, neurons, {"generation": (2,)})
->>> len(circuit), ("head", 1, 2, 0) in circuit
-(2, True)
+>>> len(circuit), ("head", 1, 2, 0) in circuit (2, True)
 """
 
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.circuits.bits import Bits, pack, popcount, random_bits, unpack
 from microtome.errors import ShapeError
+from microtome.metrics import Bitset
 
 __all__ = ["Circuit", "CircuitShape", "NodeKind"]
 
 NodeKind = Literal["heads", "neurons"]
+KINDS: tuple[NodeKind, ...] = ("heads", "neurons")
+NAMES: dict[NodeKind, str] = {"heads": "head", "neurons": "neuron"}
 Mask = npt.NDArray[np.bool_]
 _METADATA = "microtome.circuit"
 
@@ -54,9 +56,9 @@ class Circuit:
     """A set of nodes of a model, by position."""
 
     shape: CircuitShape
-    head_bits: Bits = field(repr=False)
+    head_bits: Bitset = field(repr=False)
     """Bit (layer · P + position) · H + head."""
-    neuron_bits: Bits = field(repr=False)
+    neuron_bits: Bitset = field(repr=False)
     """Bit (layer · P + position) · m + neuron."""
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Positions of each group: prefix, data, query, generation."""
@@ -76,7 +78,7 @@ class Circuit:
                 f"heads, neurons: expected masks (L, P, H) and (L, P, m), found {h.shape} and {m.shape}"
             )
         shape = CircuitShape(h.shape[0], h.shape[1], h.shape[2], m.shape[2])
-        return cls(shape, pack(h), pack(m), dict(groups or {}))
+        return cls(shape, Bitset.from_mask(h), Bitset.from_mask(m), dict(groups or {}))
 
     @classmethod
     def empty(cls, shape: CircuitShape, groups: Mapping[str, tuple[int, ...]] | None = None) -> Circuit:
@@ -99,31 +101,32 @@ class Circuit:
     ) -> Circuit:
         """As many heads and neurons as asked for, drawn uniformly without replacement."""
         rng = np.random.default_rng(seed)
-        bits = (
-            random_bits(shape.size("heads"), n_heads, rng),
-            random_bits(shape.size("neurons"), n_neurons, rng),
+        sizes = ((shape.size("heads"), n_heads), (shape.size("neurons"), n_neurons))
+        heads, neurons = (
+            Bitset.from_indices(rng.choice(n, k, replace=False, shuffle=False), n) for n, k in sizes
         )
-        return cls(shape, *bits, dict(groups or {}))
+        return cls(shape, heads, neurons, dict(groups or {}))
 
-    def bits(self, kind: NodeKind) -> Bits:
+    def bits(self, kind: NodeKind) -> Bitset:
         """The bitset of one kind."""
         return self.head_bits if kind == "heads" else self.neuron_bits
 
     def mask(self, kind: NodeKind) -> Mask:
         """Membership as booleans ``(L, P, H)`` or ``(L, P, m)``."""
-        return unpack(self.bits(kind), self.shape.size(kind)).reshape(self.shape.of(kind))
+        return self.bits(kind).to_mask().reshape(self.shape.of(kind))
 
     def layer_mask(self, kind: NodeKind, layer: int) -> Mask:
         """Membership in one layer, ``(P, H)`` or ``(P, m)``, without unpacking the rest."""
         _, slots, width = self.shape.of(kind)
         start = layer * slots * width
-        first = start // 8
-        part = self.bits(kind)[first : -(-(start + slots * width) // 8)]
-        return unpack(part, len(part) * 8)[start - 8 * first :][: slots * width].reshape(slots, width)
+        first = start // 64
+        words = self.bits(kind).words[first : -(-(start + slots * width) // 64)]
+        bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little").view(np.bool_)
+        return bits[start - 64 * first :][: slots * width].reshape(slots, width)
 
     def size(self, kind: NodeKind) -> int:
         """Number of heads or neurons in the circuit."""
-        return popcount(self.bits(kind))
+        return len(self.bits(kind))
 
     @property
     def fraction(self) -> float:
@@ -138,28 +141,28 @@ class Circuit:
         return bool(self.layer_mask("heads" if kind == "head" else "neurons", layer)[position, index])
 
     def __iter__(self) -> Iterator[tuple[str, int, int, int]]:
-        for kind, name in (("heads", "head"), ("neurons", "neuron")):
-            for layer, position, index in np.argwhere(self.mask(kind)):  # type: ignore[arg-type]
+        for kind, name in NAMES.items():
+            for layer, position, index in np.argwhere(self.mask(kind)):
                 yield name, int(layer), int(position), int(index)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Circuit)
             and self.shape == other.shape
-            and np.array_equal(self.head_bits, other.head_bits)
-            and np.array_equal(self.neuron_bits, other.neuron_bits)
+            and self.head_bits == other.head_bits
+            and self.neuron_bits == other.neuron_bits
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __and__(self, other: Circuit) -> Circuit:
-        return self._with(other, np.bitwise_and)
+        return self._with(other, operator.and_)
 
     def __or__(self, other: Circuit) -> Circuit:
-        return self._with(other, np.bitwise_or)
+        return self._with(other, operator.or_)
 
     def __sub__(self, other: Circuit) -> Circuit:
-        return self._with(other, lambda a, b: a & ~b)
+        return self._with(other, operator.sub)
 
     def complement(self) -> Circuit:
         """The nodes outside."""
@@ -167,8 +170,8 @@ class Circuit:
 
     def _with(self, other: Circuit, operation: Any) -> Circuit:
         self.require_same_shape(other)
-        bits = (operation(self.bits(kind), other.bits(kind)) for kind in ("heads", "neurons"))
-        return Circuit(self.shape, *bits, self.groups)
+        heads, neurons = (operation(self.bits(kind), other.bits(kind)) for kind in KINDS)
+        return Circuit(self.shape, heads, neurons, self.groups)
 
     def require_same_shape(self, other: Circuit) -> None:
         """Refuse to mix circuits of different node spaces.
@@ -200,8 +203,8 @@ class Circuit:
 
     def at_positions(self, keep: Mask) -> Circuit:
         """The nodes at the positions where ``keep`` ``(P,)`` is true."""
-        masks = (self.mask(kind) & keep[None, :, None] for kind in ("heads", "neurons"))
-        return Circuit.of_masks(*masks, self.groups)
+        heads, neurons = (self.mask(kind) & keep[None, :, None] for kind in KINDS)
+        return Circuit.of_masks(heads, neurons, self.groups)
 
     def shuffled(self, seed: int) -> Circuit:
         """A random circuit with as many heads and neurons in every group, at any layer, position and index there."""
@@ -210,7 +213,7 @@ class Circuit:
         inside = {p for where in groups for p in where}
         groups.append(tuple(p for p in range(self.shape.n_slots) if p not in inside))
         masks = []
-        for kind in ("heads", "neurons"):
+        for kind in KINDS:
             mask = self.mask(kind)
             for where in groups:
                 part = mask[:, list(where)]
@@ -218,19 +221,19 @@ class Circuit:
                 drawn[rng.choice(part.size, int(part.sum()), replace=False)] = True
                 mask[:, list(where)] = drawn.reshape(part.shape)
             masks.append(mask)
-        return Circuit.of_masks(*masks, self.groups)
+        return Circuit.of_masks(masks[0], masks[1], self.groups)
 
     def without_positions(self, group: str | None = None) -> Circuit:
         """Position labels dropped: a node is in when it is at any position (of ``group``). Position axis of length 1."""
         where = list(self.positions(group)) if group else list(range(self.shape.n_slots))
-        masks = (self.mask(kind)[:, where].any(1, keepdims=True) for kind in ("heads", "neurons"))
-        return Circuit.of_masks(*masks, {})
+        heads, neurons = (self.mask(kind)[:, where].any(1, keepdims=True) for kind in KINDS)
+        return Circuit.of_masks(heads, neurons, {})
 
     def to_polars(self) -> pl.DataFrame:
         """One row per node: kind, layer, position, index."""
         frames = []
-        for kind, name in (("heads", "head"), ("neurons", "neuron")):
-            at = np.argwhere(self.mask(kind)).astype(np.int32)  # type: ignore[arg-type]
+        for kind, name in NAMES.items():
+            at = np.argwhere(self.mask(kind)).astype(np.int32)
             columns = {"layer": at[:, 0], "position": at[:, 1], "index": at[:, 2]}
             frames.append(pl.DataFrame(columns).select(pl.lit(name).alias("kind"), pl.all()))
         return pl.concat(frames)
@@ -257,11 +260,11 @@ class Circuit:
         circuit = cls.empty(shape, {g: tuple(p) for g, p in known["groups"].items()})
         masks = {}
         table = pl.read_parquet(path)
-        for kind, name in (("heads", "head"), ("neurons", "neuron")):
-            mask = np.zeros(shape.of(kind), bool)  # type: ignore[arg-type]
+        for kind, name in NAMES.items():
+            mask = np.zeros(shape.of(kind), bool)
             at = table.filter(pl.col("kind") == name).select("layer", "position", "index").to_numpy()
             if len(at) and ((at < 0).any() or (at >= mask.shape).any()):
                 raise ShapeError(f"circuit: {path}: expected nodes inside {mask.shape}, found others")
             mask[tuple(at.T)] = True
-            masks[kind] = pack(mask)
+            masks[kind] = Bitset.from_mask(mask)
         return replace(circuit, head_bits=masks["heads"], neuron_bits=masks["neurons"])

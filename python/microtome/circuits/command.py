@@ -1,4 +1,4 @@
-"""What ``microtome circuit`` does before and after the study: models and pairs by name, estimates, the verdict on shared parts."""
+"""What ``microtome circuit`` does around the study: models and pairs by name, the verdict on what two forms share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ __all__ = ["study"]
 
 
 def study(
-    model: str, tasks: Sequence[str] | None, out: Path, n_pairs: int, options: Mapping[str, Any], *, progress: bool = True
+    model: str,
+    tasks: Sequence[str] | None,
+    out: Path,
+    n_pairs: int,
+    options: Mapping[str, Any],
+    *,
+    progress: bool = True,
 ) -> dict[str, pl.DataFrame]:
     """Load, prepare, run; the study's tables, ``shared`` besides where a task has two forms.
 
@@ -36,7 +42,11 @@ def study(
     if "overlap" in found.tables:
         found.tables["shared"] = shared_more_in_generation(found.tables)
         found.tables["shared"].write_parquet(out / "shared.parquet")
-    facts = {"model": model, "tasks": list(prepared), "dropped": {t: {f: p.dropped for f, p in v.items()} for t, v in prepared.items()}}
+    facts = {
+        "model": model,
+        "tasks": list(prepared),
+        "dropped": {t: {f: p.dropped for f, p in v.items()} for t, v in prepared.items()},
+    }
     (out / "run.json").write_text(json.dumps(facts, indent=1))
     return found.tables
 

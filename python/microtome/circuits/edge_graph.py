@@ -30,8 +30,7 @@ class EdgeGraph:
 
     Example:
         >>> graph = EdgeGraph(1, 2, 8, np.ones((4, 8), np.float32))
-        >>> graph.sources, graph.n_edges
-        (['input', 'a0.h0', 'a0.h1', 'm0'], 13)
+        >>> graph.sources, graph.n_edges (['input', 'a0.h0', 'a0.h1', 'm0'], 13)
     """
 
     n_layers: int
@@ -150,7 +149,7 @@ class EdgeGraph:
 
     def nodes(self) -> Mask:
         """Which sources have a selected edge that leaves them."""
-        return self.selected.any(1)
+        return np.asarray(self.selected.any(1))
 
     def _check(self, n: int) -> None:
         if not 0 <= n <= self.n_edges:

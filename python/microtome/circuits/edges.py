@@ -5,9 +5,8 @@ For source u and destination v, position-free:
     score(u → v) = Σ_positions (z_u(p') - z_u(p)) · mean over points of ∂LD/∂(input of v)
 
 z_u is what u writes into the residual stream (a head writes z_h W_O^h), the input of v what q, k or v of one
-head, an MLP or the
-logits read from it, before their norm. Points are e' + (i/k)(e - e'), i = 0..k-1 for ``eap_ig``, the clean
-prompt for
+head, an MLP or the logits read from it, before their norm. Points are e' + (i/k)(e - e'), i = 0..k-1 for
+``eap_ig``, the clean prompt for
 ``eap``. Scores are signed, mean over pairs.
 
 - Keys and values count per query head, as if repeated.
@@ -75,8 +74,7 @@ def attribute_edges(
         >>> from microtome.circuits import prepare
         >>> model, processor = organism.load_model(), organism.load_processor()
         >>> pairs = prepare(model, processor, organism.pairs("colour", "textual", 2))
-        >>> attribute_edges(model, pairs, steps=2).top(100).selected.sum() <= 100
-        np.True_
+        >>> attribute_edges(model, pairs, steps=2).top(100).selected.sum() <= 100 np.True_
     """
     from microtome.capture.models import adapt
 

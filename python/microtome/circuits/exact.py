@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from microtome._core import __version__
-from microtome.circuits.circuit import Circuit, CircuitShape
+from microtome.circuits.circuit import KINDS, Circuit, CircuitShape
 from microtome.circuits.forward import (
     Kind,
     Merged,
@@ -47,8 +47,8 @@ def exact_scores(
     wanted = nodes if nodes is not None else Circuit.full(shape)
     if wanted.shape != shape:
         raise ShapeError(f"nodes: expected a circuit of shape {tuple(shape)}, found {tuple(wanted.shape)}")
-    sums = {kind: np.zeros(shape.of(kind), np.float64) for kind in ("heads", "neurons")}
-    at: dict[Kind, Nodes] = {kind: np.argwhere(wanted.mask(kind)) for kind in ("heads", "neurons")}  # type: ignore[arg-type]
+    sums = {kind: np.zeros(shape.of(kind)) for kind in KINDS}
+    at: dict[Kind, Nodes] = {kind: np.argwhere(wanted.mask(kind)) for kind in KINDS}
     n_variants = batch_size * _VARIANTS_PER_PAIR
     total, n_pairs, seen = sum(len(x) for x in at.values()) * len(pairs), 0, 0
     with torch.no_grad(), bar("exact patching", total, progress, "nodes") as done:
@@ -68,10 +68,10 @@ def exact_scores(
                     sums[kind][tuple(chunk.T)] += effects if settings.signed else np.abs(effects)
                     seen += len(chunk)
                     done(seen)
-    means = {}
+    means: dict[Kind, Any] = {}
     for kind, total_of in sums.items():
         mean = total_of / n_pairs if n_pairs else np.full_like(total_of, np.nan)
-        means[kind] = np.where(wanted.mask(kind), mean, np.nan).astype(np.float32)  # type: ignore[arg-type]
+        means[kind] = np.where(wanted.mask(kind), mean, np.nan).astype(np.float32)
     facts = {
         **asdict(settings),
         "model": type(adapter.model).__name__,
@@ -103,4 +103,4 @@ def _effects(
     with on_nodes(adapter, patch, [int(layer) for layer in rows]):
         logits = last_logits(adapter, clean.repeat(n))
     found = logit_difference(logits, batch.answers.repeat(n), batch.corrupted_answers.repeat(n))
-    return found.double().cpu().numpy()
+    return np.asarray(found.double().cpu())

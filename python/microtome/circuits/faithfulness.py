@@ -6,8 +6,7 @@ prompt. Per pair
     F(c) = [LD_c - LD_∅] / [LD_M - LD_∅]
 
 where ∅ overwrites all nodes and M none. The clean, counterfactual and empty runs are shared by all circuits
-of a call: every
-further circuit costs one forward per pair.
+of a call: every further circuit costs one forward per pair.
 """
 
 from __future__ import annotations
@@ -70,7 +69,8 @@ class Faithfulness:
         """F of every pair, not clipped; NaN where |LD_M - LD_∅| < ``EPSILON``."""
         span = self.full - self.empty
         out = np.full(len(span), np.nan)
-        return np.divide(self.circuit - self.empty, span, out=out, where=np.abs(span) >= EPSILON)
+        np.divide(self.circuit - self.empty, span, out=out, where=np.abs(span) >= EPSILON)
+        return out
 
     @property
     def n_dropped(self) -> int:
@@ -129,9 +129,8 @@ def faithfulness(
         pairs: prepared pairs, with the positions of the circuit.
         circuit: what is kept.
         ablation: what overwrites the rest: the pair's ``"counterfactual"``, the ``"mean"`` of the reference
-            prompts (over
-            prompts and positions; ``"mean_positional"`` over prompts), ``"zero"``, or ``"resample"``: another
-            reference prompt.
+            prompts (over prompts and positions; ``"mean_positional"`` over prompts), ``"zero"``, or
+            ``"resample"``: another reference prompt.
         average: ``"ratios"`` for the mean of per-pair ratios, ``"means"`` for the ratio of means.
         reference: prompts of the mean and of resampling; ``pairs`` when None.
         seed: of resampling.
@@ -147,8 +146,7 @@ def faithfulness(
         >>> model, processor = organism.load_model(), organism.load_processor()
         >>> pairs = prepare(model, processor, organism.pairs("colour", "textual", 4))
         >>> all_nodes = attribute(model, pairs).circuit(1.0)
-        >>> round(float(faithfulness(model, pairs, all_nodes)), 6)
-        1.0
+        >>> round(float(faithfulness(model, pairs, all_nodes)), 6) 1.0
     """
     return faithfulness_of(
         model,
@@ -215,7 +213,8 @@ def _differences(
     def difference(circuit: Circuit | None) -> npt.NDArray[np.float64]:
         with on_nodes(adapter, _keeping(circuit, values, batch.slots)):
             logits = last_logits(adapter, clean)
-        return logit_difference(logits, batch.answers, batch.corrupted_answers).double().cpu().numpy()
+        found = logit_difference(logits, batch.answers, batch.corrupted_answers)
+        return np.asarray(found.double().cpu())
 
     full = logit_difference(last_logits(adapter, clean), batch.answers, batch.corrupted_answers)
     rows = [difference(circuit) for circuit in circuits]

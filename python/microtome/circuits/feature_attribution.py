@@ -1,19 +1,19 @@
 """Which heads drive a feature: attribution patching with a decoder direction as the target (spatial-features, B13).
 
 Target y = Σ_{t ∈ T} h_{L,t} · v, v the decoder vector of a feature at layer L, h the layer's output. In the
-corrupted run the
-visual tokens of the merged embeddings (and DeepStack features) are a mean embedding over many prompts.
+corrupted run the visual tokens of the merged embeddings (and DeepStack features) are a mean embedding over
+many prompts.
 
     A:  (corrupted - clean) · ∇_clean        negative: removing visual detail lowers the feature
     B:  (clean - corrupted) · ∇_corrupted    positive: keeping visual detail raises the feature
 
 at queries and keys after RoPE, or at z, summed over positions and dimensions of a head, mean over prompts.
-With grouped-query
-attention keys are attributed per query head, as if repeated, so every head has a score.
+With grouped-query attention keys are attributed per query head, as if repeated, so every head has a score.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ class FeatureScores:
     """Scores of all heads for one feature."""
 
     layer: int
-    scores: dict[str, npt.NDArray[np.float64]]
+    scores: Mapping[str, npt.NDArray[np.float64]]
     """Site (q, k, z) -> ``(L, H)``; 0 above the feature's layer."""
     method: str
     n: int
@@ -64,7 +64,7 @@ class FeatureScores:
     @property
     def heads(self) -> npt.NDArray[np.float64]:
         """Queries and keys together, or z: the sum over the sites. Shape ``(L, H)``."""
-        return np.sum(list(self.scores.values()), 0)
+        return np.asarray(np.sum(list(self.scores.values()), 0))
 
     def to_polars(self) -> pl.DataFrame:
         """One row per head: layer, head, a column for each site, score; the largest magnitude first."""
@@ -137,8 +137,7 @@ def feature_attribution(
         method: ``"A"`` or ``"B"``.
         sites: ``("q", "k")`` as in the paper, ``("z",)`` for the heads' outputs, or all three.
         targets: positions T of the sum: all text positions, the one after the image that projects most on v
-            in
-            the clean run, or the last.
+            in the clean run, or the last.
         batch_size: prompts per forward.
         progress: show a bar.
 
@@ -161,7 +160,9 @@ def feature_attribution(
             raise ShapeError(f"{name}: expected one of {', '.join(allowed)}, found {found!r}")
     if not sites or set(sites) - {"q", "k", "z"}:
         raise ShapeError(f"sites: expected some of q, k, z, found {sites}")
-    totals = {site: np.zeros((adapter.n_layers, adapter.n_heads)) for site in sites}
+    totals: dict[str, npt.NDArray[np.float64]] = {
+        site: np.zeros((adapter.n_layers, adapter.n_heads)) for site in sites
+    }
     with (
         left_as_found(model),
         torch.inference_mode(False),
@@ -220,7 +221,9 @@ class _Run:
             target = (resid.float() @ self.direction * where).sum()
         below = {key: x for key, x in own.items() if key[1] <= self.layer}
         grads = torch.autograd.grad(target, list(below.values()), allow_unused=True)
-        out = {site: np.zeros((self.adapter.n_layers, self.adapter.n_heads)) for site in self.sites}
+        out: dict[str, npt.NDArray[np.float64]] = {
+            site: np.zeros((self.adapter.n_layers, self.adapter.n_heads)) for site in self.sites
+        }
         for ((site, layer), x), grad in zip(below.items(), grads, strict=True):
             if grad is not None:
                 product = (values[site, layer].float() - x.detach().float()) * grad.float()

@@ -1,10 +1,8 @@
 """The decoder on merged embeddings: run it, listen to its nodes, overwrite them.
 
 The vision tower runs once per prompt. What the model then hands its decoder (embeddings with the image
-features merged in,
-DeepStack features, masks, positions) is kept as :class:`Merged`, and every later forward starts from there.
-That makes
-interpolated *merged* embeddings possible, and costs nothing for the image.
+features merged in, DeepStack features, masks, positions) is kept as :class:`Merged`, and every later forward
+starts from there. That makes interpolated *merged* embeddings possible, and costs nothing for the image.
 
 Nodes are the inputs of the attention output projection (``hook_z``, heads) and of the MLP's down projection
 (``mlp.hook_post``, neurons). Everything here leaves weights, hooks, random state, training mode and attention

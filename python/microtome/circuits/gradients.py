@@ -1,10 +1,9 @@
 """Gradients of the logit difference with respect to every node, handed over layer by layer.
 
 Two ways give the same numbers. :func:`through_graph` keeps the autograd graph of the whole decoder.
-:func:`layer_by_layer`
-keeps the input of every layer only and runs each layer again on the way down: a forward more, a fraction of
-the memory.
-Both start the graph at the first wanted layer's heads, so nothing is kept for what lies below.
+:func:`layer_by_layer` keeps the input of every layer only and runs each layer again on the way down: a
+forward more, a fraction of the memory. Both start the graph at the first wanted layer's heads, so nothing is
+kept for what lies below.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
 """Functional interchange of sub-circuits between two forms of a task (A11).
 
 The sub-circuit of one position group is taken out of form A's circuit, and form B's, carried over by the
-position map, put in
-its place. If the two forms compute the same thing there, A's faithfulness stays. It is read between two
-controls:
+position map, put in its place. If the two forms compute the same thing there, A's faithfulness stays. It is
+read between two controls:
 
     normalised = (F_swapped - F_random) / (F_original - F_random)
 
 with F averaged over both directions first. Random sub-circuits have as many heads and neurons as what they
-replace the swapped
-one with, anywhere inside the group; many draws, with an interval.
+replace the swapped one with, anywhere inside the group; many draws, with an interval.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.circuits.circuit import Circuit
+from microtome.circuits.circuit import KINDS, Circuit
 from microtome.circuits.faithfulness import Ablation, faithfulness_of
 from microtome.circuits.pairs import PairSet
 from microtome.circuits.positions import PositionMap
@@ -50,13 +48,13 @@ def random_subcircuit(circuit: Circuit, group: str, n_heads: int, n_neurons: int
     where = np.asarray(circuit.positions(group), np.int64)
     rng = np.random.default_rng(seed)
     masks = []
-    for kind, n in (("heads", n_heads), ("neurons", n_neurons)):
-        mask = circuit.mask(kind)  # type: ignore[arg-type]
+    for kind, n in zip(KINDS, (n_heads, n_neurons), strict=True):
+        mask = circuit.mask(kind)
         drawn = np.zeros((mask.shape[0], len(where), mask.shape[2]), bool)
         drawn.reshape(-1)[rng.choice(drawn.size, n, replace=False)] = True
         mask[:, where] = drawn
         masks.append(mask)
-    return Circuit.of_masks(*masks, circuit.groups)
+    return Circuit.of_masks(masks[0], masks[1], circuit.groups)
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,8 +73,7 @@ def outcome(
         model: a transformers model, perhaps inside an intervention.
         items: prepared items; their ``answer`` is right.
         groups: token ids of each possible answer, such as the spellings of yes and of no; the items' answers
-            one by one
-            when None.
+            one by one when None.
         batch_size: prompts per forward.
         progress: show a bar.
 
@@ -169,8 +168,7 @@ def ablation_table(
 
     Returns:
         One row per intervention, the first named ``none``: name, n, accuracy, p_correct, and changes with 95
-        % intervals and
-        McNemar's p.
+        % intervals and McNemar's p.
     """
     before = outcome(model, items, groups, batch_size=batch_size, progress=progress)
     runs = {"none": before}

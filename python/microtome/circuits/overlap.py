@@ -1,14 +1,13 @@
 """How much two circuits share: IoU and its excess over chance, by position group (A9, A10).
 
 IoU is |A ∩ B| / |A ∪ B|, of heads and of neurons apart, then averaged: neurons outnumber heads. Chance is the
-expected IoU
-of random sets of the same sizes, exactly, or that of random circuits drawn before positions are dropped. Then
+expected IoU of random sets of the same sizes, exactly, or that of random circuits drawn before positions are
+dropped. Then
 
     nIoU = (IoU - chance) / (1 - chance)
 
 Data positions of two forms do not correspond one by one, so the data group is compared without positions.
-With large circuits that is
-nearly saturated: the tables carry the chance level beside the IoU.
+With large circuits that is nearly saturated: the tables carry the chance level beside the IoU.
 """
 
 from __future__ import annotations
@@ -20,16 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.circuits.bits import popcount
-from microtome.circuits.chance import expected_iou
-from microtome.circuits.circuit import Circuit, NodeKind
+from microtome.circuits.circuit import KINDS, Circuit, NodeKind
 from microtome.circuits.positions import PositionMap
 from microtome.errors import ShapeError
+from microtome.metrics import expected_iou
+from microtome.metrics import normalised_iou as above_chance
 
 __all__ = ["Overlap", "circuit_iou", "circuit_niou", "compare_circuits", "normalised_iou"]
 
 Kinds = tuple[NodeKind, ...]
-BOTH: Kinds = ("heads", "neurons")
 
 
 class Overlap(NamedTuple):
@@ -50,7 +48,7 @@ class Overlap(NamedTuple):
     @property
     def chance(self) -> float:
         """Expected IoU of two random sets of these sizes."""
-        return float(expected_iou(self.n, self.size_a, self.size_b)) if self.size_a or self.size_b else 1.0
+        return expected_iou(self.n, self.size_a, self.size_b)
 
 
 def circuit_iou(
@@ -106,8 +104,7 @@ def circuit_niou(
         kind: as in :func:`circuit_iou`.
         position_free: as in :func:`circuit_iou`.
         chance: ``"exact"`` for random sets of the compared sizes; ``"draws"`` for random circuits of the same
-            sizes that go
-            through the same dropping of positions.
+            sizes that go through the same dropping of positions.
         compat: ``"notebook"`` gives what the paper's notebook computes, IoU - 2 · chance clamped to 0.01 to
             1.
         n_draws: random circuits.
@@ -127,7 +124,7 @@ def normalised_iou(iou: float, chance: float, compat: Literal["notebook"] | None
     """(IoU - chance) / (1 - chance); NaN where chance is 1. ``compat`` as in :func:`circuit_niou`."""
     if compat == "notebook":
         return min(max(iou - 2 * chance, 0.01), 1.0)
-    return (iou - chance) / (1 - chance) if chance < 1 else float("nan")
+    return above_chance(iou, chance)
 
 
 def _mean(overlaps: list[list[Overlap]], name: str) -> float:
@@ -143,13 +140,13 @@ def _overlaps(
     a: Circuit, b: Circuit, group: str | None, kind: NodeKind | None, position_free: bool | None
 ) -> list[list[Overlap]]:
     """Overlaps of the wanted kinds; one list, or two where the circuits compare both ways."""
-    kinds: Kinds = BOTH if kind is None else (kind,)
+    kinds: Kinds = KINDS if kind is None else (kind,)
     return [[_overlap(x, y, k, n) for k in kinds] for x, y, n in _aligned(a, b, group, position_free)]
 
 
 def _overlap(a: Circuit, b: Circuit, kind: NodeKind, n_slots: int) -> Overlap:
     layers, _, width = a.shape.of(kind)
-    shared = popcount(a.bits(kind) & b.bits(kind))
+    shared, _ = a.bits(kind).overlap(b.bits(kind))
     return Overlap(shared, a.size(kind), b.size(kind), layers * n_slots * width)
 
 
@@ -205,17 +202,16 @@ def compare_circuits(a: Circuit, b: Circuit, *, n_draws: int = 100, seed: int = 
 
     Returns:
         One row per group (and ``all``) and kind (``heads``, ``neurons``, ``mean``): size_a, size_b, iou,
-        chance, niou,
-        and from ``n_draws`` random circuits drawn_mean, drawn_low, drawn_high (95 %) and p, the share of
-        draws that reach the IoU.
+        chance, niou, and from ``n_draws`` random circuits drawn_mean, drawn_low, drawn_high (95 %) and p, the
+        share of draws that reach the IoU.
     """
     groups = [None, *(g for g in a.groups if g in b.groups and a.groups[g] and b.groups[g])]
     rows = []
     for group in groups:
-        for kind in (*BOTH, None):
-            overlaps = _overlaps(a, b, group, kind, None)  # type: ignore[arg-type]
+        for kind in (*KINDS, None):
+            overlaps = _overlaps(a, b, group, kind, None)
             iou, chance = _mean(overlaps, "iou"), _mean(overlaps, "chance")
-            drawn = random_ious(a, b, group, kind, None, n_draws, seed)  # type: ignore[arg-type]
+            drawn = random_ious(a, b, group, kind, None, n_draws, seed)
             low, high = np.quantile(drawn, [0.025, 0.975])
             rows.append(
                 {

@@ -1,9 +1,8 @@
 """Prepared clean / counterfactual pairs: tokenised, aligned, checked, in one place (same-task-different-circuits, A1).
 
 A :class:`PairSet` holds what every experiment of this room runs on. Positions are named by *slots*, the
-position axis of
-scores and circuits: with ``align="absolute"`` slot and token position are the same and all prompts share one
-length; with
+position axis of scores and circuits: with ``align="absolute"`` slot and token position are the same and all
+prompts share one length; with
 ``align="spans"`` every span of a prompt (prefix, data, query, generation) is one slot, so natural prompts of
 any length take part.
 """
@@ -89,8 +88,7 @@ class PairSet:
         >>> from microtome import organism
         >>> model, processor = organism.load_model(), organism.load_processor()
         >>> pairs = prepare(model, processor, organism.pairs("colour", "visual", 4))
-        >>> len(pairs), pairs.groups["generation"] == (pairs.n_slots - 1,)
-        (4, True)
+        >>> len(pairs), pairs.groups["generation"] == (pairs.n_slots - 1,) (4, True)
     """
 
     pairs: tuple[PreparedPair, ...]
@@ -252,8 +250,7 @@ def prepare(
 
     Raises:
         ShapeError: an answer is several tokens, both answers are the same, lengths differ under
-            ``align="absolute"``, or
-            nothing is left.
+            ``align="absolute"``, or nothing is left.
     """
     from microtome.circuits.reading import read_pair
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,20 +134,18 @@ def _along_embeddings(
     """Gradients at interpolated merged embeddings, ``plan.points_per_pass`` points in one forward and backward."""
     run = layer_by_layer if plan.recompute else through_graph
     points = settings.points
+    ids = batch.clean["input_ids"]
     for start in range(0, len(points), plan.points_per_pass):
         chunk = points[start : start + plan.points_per_pass]
-        answers, others = batch.answers.repeat(len(chunk)), batch.corrupted_answers.repeat(len(chunk))
-        run(
-            adapter,
-            interpolated(
-                adapter, clean, corrupted, batch.partner, chunk, settings.ig_path, batch.clean["input_ids"]
-            ),
-            lambda logits, a=answers, o=others: logit_difference(logits, a, o),
-            lambda kind, layer, x, grad, n=len(chunk), last=start + len(chunk) == len(points): add.consume(
-                kind, layer, x, grad, n, last
-            ),
-            tile.layers,
-        )
+        n, is_last = len(chunk), start + len(chunk) == len(points)
+        answers = batch.answers.repeat(n), batch.corrupted_answers.repeat(n)
+        merged = interpolated(adapter, clean, corrupted, batch.partner, chunk, settings.ig_path, ids)
+        objective = partial(_difference, answers=answers)
+        run(adapter, merged, objective, partial(add.consume, points=n, is_last=is_last), tile.layers)
+
+
+def _difference(logits: Tensor, answers: tuple[Tensor, Tensor]) -> Tensor:
+    return logit_difference(logits, *answers)
 
 
 def interpolated(

@@ -1,8 +1,7 @@
 """How an attribution run fits a memory budget, and what it will cost.
 
 A run is cut into tiles: a range of layers times a range of positions. Each tile is one pass over all pairs,
-so a plan takes
-the fewest, and for equal numbers the cheapest and then the largest batches.
+so a plan takes the fewest, and for equal numbers the cheapest and then the largest batches.
 """
 
 from __future__ import annotations
@@ -181,9 +180,8 @@ class _Sizes:
         """Bytes at the peak: graph, cached counterfactual nodes, gradient sums between passes, scores.
 
         What autograd keeps of a layer with frozen weights, counted in tensors per token: the two norms'
-        inputs and scales in
-        float32, queries, keys, values and their rotations, the attention's output, and gate, its activation,
-        up and product.
+        inputs and scales in float32, queries, keys, values and their rotations, the attention's output, and
+        gate, its activation, up and product.
         """
         tokens = b * n * self.positions
         attention = 2 * self.heads * self.positions * self.itemsize if self.keeps_attention else 0
@@ -216,8 +214,7 @@ def estimate(
         >>> model, processor = organism.load_model(), organism.load_processor()
         >>> pairs = prepare(model, processor, organism.pairs("colour", "textual", 4))
         >>> estimate(model, pairs, steps=5).forwards            # (1 counterfactual + 1 check + 5 points) x 4
-        pairs
-        28
+        pairs 28
     """
     from microtome.capture.models import adapt
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from microtome.circuits.circuit import Circuit
+from microtome.circuits.circuit import KINDS, Circuit
 from microtome.errors import ShapeError
 
 __all__ = ["PositionMap"]
@@ -24,8 +24,7 @@ class PositionMap:
         >>> text = {"data": (0, 1, 2), "query": (3, 4), "generation": (5,)}
         >>> image = {"data": (0, 1), "query": (2, 3), "generation": (4,)}
         >>> PositionMap.between(text, image).pairs[:, 0].tolist()              # position 0 goes to all of the
-        image
-        [True, True, True, False, False, False]
+        image [True, True, True, False, False, False]
     """
 
     pairs: npt.NDArray[np.bool_]
@@ -84,7 +83,7 @@ class PositionMap:
                 f"position map: expected a circuit of {len(self.pairs)} positions, found {circuit.shape.n_slots}"
             )
         masks = []
-        for kind in ("heads", "neurons"):
-            mask = circuit.mask(kind)  # type: ignore[arg-type]
+        for kind in KINDS:
+            mask = circuit.mask(kind)
             masks.append(np.stack([mask[:, column].any(1) for column in self.pairs.T], 1))
-        return Circuit.of_masks(*masks, self.groups_b)
+        return Circuit.of_masks(masks[0], masks[1], self.groups_b)

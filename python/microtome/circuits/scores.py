@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.circuits.bits import top_n_bits, unpack
-from microtome.circuits.circuit import Circuit, CircuitShape
+from microtome.circuits.circuit import KINDS, Circuit, CircuitShape
 from microtome.errors import ShapeError
+from microtome.metrics import Bitset, top_n
 
 __all__ = ["MIB_SIZES", "SIZES", "NodeScores"]
 
@@ -85,14 +85,12 @@ class NodeScores:
         if joint:
             return self._joint(size, values)
         shares = {"heads": size, "neurons": size if neurons is None else neurons}
-        bits = (
-            top_n_bits(values[kind], int(shares[kind] * values[kind].size)) for kind in ("heads", "neurons")
-        )
-        return Circuit(self.shape, *bits, dict(self.groups))
+        of_heads, of_neurons = (_top(values[kind], int(shares[kind] * values[kind].size)) for kind in KINDS)
+        return Circuit(self.shape, of_heads, of_neurons, dict(self.groups))
 
     def _joint(self, size: float, values: Mapping[str, Scores]) -> Circuit:
         flat = np.concatenate([values["heads"].reshape(-1), values["neurons"].reshape(-1)])
-        chosen = unpack(top_n_bits(flat, int(size * flat.size)), flat.size)
+        chosen = _top(flat, int(size * flat.size)).to_mask()
         heads, neurons = np.split(chosen, [self.heads.size])
         return Circuit.of_masks(
             heads.reshape(self.heads.shape), neurons.reshape(self.neurons.shape), self.groups
@@ -100,7 +98,8 @@ class NodeScores:
 
     def effect_map(self) -> npt.NDArray[np.float64]:
         """Patching effect over layer and position: the sum of all scores there (A12). Shape ``(L, P)``."""
-        return np.nansum(self.heads, 2, dtype=np.float64) + np.nansum(self.neurons, 2, dtype=np.float64)
+        heads, neurons = (np.nan_to_num(x.astype(np.float64)).sum(2) for x in (self.heads, self.neurons))
+        return np.asarray(heads + neurons)
 
     def merge(self, other: NodeScores) -> NodeScores:
         """The mean over both sets of pairs.
@@ -128,9 +127,7 @@ class NodeScores:
         """The ``n`` nodes of each kind with the largest magnitude: kind, layer, position, index, score."""
         frames = []
         for name, scores in (("head", self.heads), ("neuron", self.neurons)):
-            chosen = unpack(top_n_bits(np.abs(scores), min(n, scores.size)), scores.size).reshape(
-                scores.shape
-            )
+            chosen = _top(np.abs(scores), min(n, scores.size)).to_mask().reshape(scores.shape)
             at = np.argwhere(chosen).astype(np.int32)
             columns = {"layer": at[:, 0], "position": at[:, 1], "index": at[:, 2], "score": scores[chosen]}
             frames.append(pl.DataFrame(columns).select(pl.lit(name).alias("kind"), pl.all()))
@@ -144,7 +141,10 @@ class NodeScores:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("heads", "neurons"):
             scores = getattr(self, name)
-            if not (isinstance(scores, np.memmap) and scores.filename == (folder / f"{name}.npy").resolve()):
+            if not (
+                isinstance(scores, np.memmap)
+                and str(scores.filename) == str((folder / f"{name}.npy").resolve())
+            ):
                 np.save(folder / f"{name}.npy", scores)
         facts = {
             "n_pairs": self.n_pairs,
@@ -163,3 +163,8 @@ class NodeScores:
         groups = {g: tuple(p) for g, p in known.pop("groups").items()}
         heads, neurons = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("heads", "neurons"))
         return cls(heads, neurons, groups=groups, **known)
+
+
+def _top(scores: Scores, n: int) -> Bitset:
+    """The ``n`` nodes that score highest, numbered in C order."""
+    return Bitset.from_indices(top_n(np.ascontiguousarray(scores, np.float32), n), scores.size)

@@ -48,8 +48,7 @@ def bootstrap(
 
     Example:
         >>> import numpy as np
-        >>> bootstrap(lambda x: float(x.mean()), [np.ones(5)])
-        Interval(value=1.0, low=1.0, high=1.0)
+        >>> bootstrap(lambda x: float(x.mean()), [np.ones(5)]) Interval(value=1.0, low=1.0, high=1.0)
     """
     n = len(samples[0])
     if any(len(sample) != n for sample in samples):
@@ -79,8 +78,7 @@ def mcnemar(before: npt.ArrayLike, after: npt.ArrayLike) -> float:
         ShapeError: the outcomes differ in length.
 
     Example:
-        >>> mcnemar([1, 1, 1, 1, 1], [0, 0, 0, 0, 0])
-        0.0625
+        >>> mcnemar([1, 1, 1, 1, 1], [0, 0, 0, 0, 0]) 0.0625
     """
     x, y = np.asarray(before, bool), np.asarray(after, bool)
     if x.shape != y.shape:
@@ -90,4 +88,4 @@ def mcnemar(before: npt.ArrayLike, after: npt.ArrayLike) -> float:
     if n == 0:
         return 1.0
     tail = sum(comb(n, i) for i in range(min(b, c) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    return float(min(1.0, 2 * tail))

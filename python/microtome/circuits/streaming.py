@@ -1,10 +1,8 @@
 """Scores of a run on their way to memory or, resumable, to a folder.
 
 A folder holds ``heads.npy`` and ``neurons.npy``, written tile by tile, ``run.json`` with the finished tiles,
-``partial.npz``
-with the sums of the tile in progress, and in the end ``scores.json``. Files that say what is finished are
-replaced by rename,
-after the arrays are flushed.
+``partial.npz`` with the sums of the tile in progress, and in the end ``scores.json``. Files that say what is
+finished are replaced by rename, after the arrays are flushed.
 """
 
 from __future__ import annotations
@@ -69,7 +67,7 @@ class Stream:
             self._finished = {int(k): tuple(v) for k, v in known["finished"].items()}
             return {k: np.lib.format.open_memmap(folder / f"{k}.npy", mode="r+") for k in shapes}
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {
+        arrays: dict[str, npt.NDArray[np.float32]] = {
             k: np.lib.format.open_memmap(folder / f"{k}.npy", mode="w+", dtype=np.float32, shape=s)
             for k, s in shapes.items()
         }

@@ -1,7 +1,8 @@
 """The whole study of same-task-different-circuits on one model: tables in a folder, from which the figures are drawn.
 
-For every task and form: the pairs that the model answers, split into discovery and evaluation; scores; faithfulness over sizes; the
-smallest circuit above the threshold. For every task in two forms: overlap, interchange, alignment, back-patching.
+For every task and form: the pairs that the model answers, split into discovery and evaluation; scores;
+faithfulness over sizes; the smallest circuit above the threshold. For every task in two forms: overlap,
+interchange, alignment, back-patching.
 """
 
 from __future__ import annotations
@@ -101,13 +102,15 @@ def run(
 
     Args:
         model: a transformers model; left as it was found.
-        tasks: task -> form (``"visual"``, ``"textual"``) -> prepared pairs, all prompts, not only the ones answered.
+        tasks: task -> form (``"visual"``, ``"textual"``) -> prepared pairs, all prompts, not only the ones
+            answered.
         out: folder; scores in it are resumed when the study runs again.
         options: see :class:`Options`.
         progress: show bars.
 
     Returns:
-        The tables: ``accuracy``, ``curves``, ``sizes``, ``effects``, ``agreement``, ``noise``, ``overlap``, ``interchange``,
+        The tables: ``accuracy``, ``curves``, ``sizes``, ``effects``, ``agreement``, ``noise``, ``overlap``,
+        ``interchange``,
         ``alignment``, ``backpatch``, ``repair``, ``cost``.
 
     Raises:
@@ -116,12 +119,16 @@ def run(
     how = options or Options()
     folder = Path(out)
     if not tasks or any(not forms or set(forms) - set(FORMS) for forms in tasks.values()):
-        raise ShapeError(f"tasks: expected tasks with pairs of {' and '.join(FORMS)}, found {dict.fromkeys(tasks)}")
+        raise ShapeError(
+            f"tasks: expected tasks with pairs of {' and '.join(FORMS)}, found {dict.fromkeys(tasks)}"
+        )
     study = Study()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "options.json").write_text(json.dumps(asdict(how), indent=1))
     for task, forms in tasks.items():
-        sides = {form: _one_form(model, task, form, forms[form], study, how, folder, progress) for form in forms}
+        sides = {
+            form: _one_form(model, task, form, forms[form], study, how, folder, progress) for form in forms
+        }
         if set(sides) == set(FORMS):
             _both_forms(model, task, sides, study, how, progress)
         study.save(folder)
@@ -133,8 +140,12 @@ def _one_form(
 ) -> _Side:
     right = answers_correctly(model, pairs, how.batch_size)
     if right.sum() < 4:
-        raise ShapeError(f"{task}, {form}: expected at least 4 pairs that the model answers, found {int(right.sum())}")
-    study.add("accuracy", pl.DataFrame({"n": len(pairs), "both_right": float(right.mean())}), task=task, form=form)
+        raise ShapeError(
+            f"{task}, {form}: expected at least 4 pairs that the model answers, found {int(right.sum())}"
+        )
+    study.add(
+        "accuracy", pl.DataFrame({"n": len(pairs), "both_right": float(right.mean())}), task=task, form=form
+    )
     discovery, evaluation = pairs[np.flatnonzero(right)].split(how.fraction, how.seed)
     budget: dict[str, Any] = {"batch_size": how.batch_size, "memory_budget": how.memory_budget}
     cost = estimate(model, discovery, how.method, how.steps, **budget)
@@ -143,7 +154,9 @@ def _one_form(
         model, discovery, how.method, how.steps,  # type: ignore[arg-type]
         out=folder / "scores" / f"{task}-{form}", progress=progress, **budget,
     )  # fmt: skip
-    curve = faithfulness_curve(model, evaluation, scores, how.sizes, batch_size=how.batch_size, progress=progress)
+    curve = faithfulness_curve(
+        model, evaluation, scores, how.sizes, batch_size=how.batch_size, progress=progress
+    )
     study.add("curves", curve.to_polars(seed=how.seed), task=task, form=form)
     found = curve.smallest(how.threshold)
     size = found if found is not None else float(curve.sizes[int(np.nanargmax(curve.values))])
@@ -181,9 +194,14 @@ def _audit(
     few = pairs[: min(len(pairs), 8)]
     own = attribute(model, few, how.method, how.steps, batch_size=how.batch_size, progress=progress)  # type: ignore[arg-type]
     table = exact_agreement(model, few, own, how.n_exact, batch_size=how.batch_size, progress=progress)
-    for kind in ("head", "neuron"):
-        part = table.filter(pl.col("kind") == kind)
-        row = {"kind": kind, "n": part.height, "rank_correlation": rank_correlation(part["score"], part["exact"])}
+    parts = {kind: table.filter(pl.col("kind") == kind) for kind in ("head", "neuron")}
+    parts["all"] = table.sort("score", descending=True, maintain_order=True).head(how.n_exact)
+    for kind, part in parts.items():
+        row = {
+            "kind": kind,
+            "n": part.height,
+            "rank_correlation": rank_correlation(part["score"], part["exact"]),
+        }
         study.add("agreement", pl.DataFrame(row), **columns)
 
 
@@ -193,7 +211,11 @@ def _both_forms(
     visual, textual = (sides[form] for form in FORMS)
     overlap = compare_circuits(visual.circuit, textual.circuit, n_draws=max(how.n_random, 1), seed=how.seed)
     study.add("overlap", overlap, task=task)
-    shared = [g for g in ("data", "query", "generation") if visual.circuit.groups.get(g) and textual.circuit.groups.get(g)]
+    shared = [
+        g
+        for g in ("data", "query", "generation")
+        if visual.circuit.groups.get(g) and textual.circuit.groups.get(g)
+    ]
     if how.n_random:
         found = interchange(
             model, (visual.evaluation, textual.evaluation), (visual.circuit, textual.circuit), shared,
@@ -201,7 +223,9 @@ def _both_forms(
         )  # fmt: skip
         study.add("interchange", interchange_table(found, FORMS, how.seed), task=task)
     n = min(len(visual.everything), len(textual.everything))
-    study.add("alignment", alignment(model, visual.everything[:n], textual.everything[:n], seed=how.seed), task=task)
+    study.add(
+        "alignment", alignment(model, visual.everything[:n], textual.everything[:n], seed=how.seed), task=task
+    )
     if how.windows:
         _repair(model, task, sides, study, how, progress)
 
@@ -236,7 +260,11 @@ def shared_more_in_generation(tables: Mapping[str, pl.DataFrame]) -> pl.DataFram
         tables["overlap"]
         .filter(pl.col("kind") == "mean")
         .group_by("group")
-        .agg(pl.col("niou").filter(pl.col("niou").is_not_nan()).mean(), pl.col("iou").mean(), pl.len().alias("n_tasks"))
+        .agg(
+            pl.col("niou").filter(pl.col("niou").is_not_nan()).mean(),
+            pl.col("iou").mean(),
+            pl.len().alias("n_tasks"),
+        )
     )
     of = dict(zip(means["group"], means["niou"], strict=True))
     more = of.get("generation") is not None and of.get("data") is not None and of["generation"] > of["data"]

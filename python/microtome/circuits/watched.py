@@ -23,8 +23,7 @@ def watched_attention(model: Any) -> Iterator[Watch]:
     """Eager attention with keys and values repeated for every query head, shown on their way.
 
     Inside, ``watch(see)`` makes every attention of the decoder call ``see(site, layer, x)`` with x ``(b, H,
-    p, d_head)`` for the
-    sites q, k (after RoPE), v and z; what it returns is used. ``watch(None)`` ends that.
+    p, d_head)`` for the sites q, k (after RoPE), v and z; what it returns is used. ``watch(None)`` ends that.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
@@ -36,8 +35,8 @@ def watched_attention(model: Any) -> Iterator[Watch]:
     ) -> tuple[Tensor, Tensor]:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        layer = getattr(module, "layer_idx", None)
-        see = seen[0] if seen and layer is not None else lambda _site, _layer, x: x
+        layer = int(getattr(module, "layer_idx", None) or 0)
+        see = seen[0] if seen else lambda _site, _layer, x: x
         query, key, value = see("q", layer, query), see("k", layer, key), see("v", layer, value)
         scaling = options.get("scaling")
         scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

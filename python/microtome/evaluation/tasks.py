@@ -2,12 +2,10 @@
 
     >>> rows = [{"prompt": "2 + 3 =", "answer": "5"}, {"prompt": "4 + 4 =", "answer": "8"}]
     >>> pairs = counterfactual_pairs([Prompt(**row) for row in rows])
-    >>> pairs[0].answer, pairs[0].corrupted_answer
-    ('5', '8')
+    >>> pairs[0].answer, pairs[0].corrupted_answer ('5', '8')
 
 Loaders read what the data sets publish: JSON and JSON lines beside a folder of images. Nothing is downloaded,
-and an image is opened
-when it is first asked for.
+and an image is opened when it is first asked for.
 """
 
 from __future__ import annotations
@@ -91,7 +89,7 @@ class PromptPair:
 
 
 def counterfactual_pairs(prompts: Sequence[Prompt], seed: int = 42) -> list[PromptPair]:
-    """For each prompt a uniformly random one of the same task and form with another answer, of the same template if there is one.
+    """For each prompt a random one of its task and form with another answer, of its template if there is one.
 
     Raises:
         ShapeError: a prompt has no other answer beside it.
@@ -165,19 +163,20 @@ def load_pairs(path: str | Path, images: str | Path | None = None) -> list[Promp
 
 
 def load_prompts(
-    path: str | Path, images: str | Path | None = None, format: str | None = None, **options: Any
-) -> list[Prompt]:  # noqa: A002  the word users know
+    path: str | Path,
+    images: str | Path | None = None,
+    format: str | None = None,  # noqa: A002  the word users know
+    **options: Any,
+) -> list[Prompt]:
     """Read prompts of a local data set.
 
     Args:
         path: annotation file. For VQAv2 the questions file, with ``annotations=`` the other one.
         images: folder of pictures.
         format: ``"jsonl"`` (prompt, answer, image_path), ``"vqav2"``, ``"vsr"``, ``"clevr"`` or ``"coco"``;
-            told by the file's
-            keys when None.
-        **options: ``template=`` with ``{question}`` for the prompt's words; ``yes_no=True`` keeps VQAv2's
-        yes/no questions;
-            ``annotations=`` for VQAv2; ``question=`` for COCO, whose captions become textual data.
+            told by the file's keys when None.
+        **options: ``template=`` with ``{question}`` for the prompt's words; ``yes_no=True`` keeps VQAv2's yes/no
+            questions; ``annotations=`` for VQAv2; ``question=`` for COCO, whose captions become textual data.
 
     Raises:
         ShapeError: a format that is not known, or a row without its keys.

@@ -1,7 +1,8 @@
 """Figures of a circuit study, from its tables alone.
 
-:func:`write_figures` reads the parquet files that ``microtome circuit`` writes and draws what is there: patching effects over layer and
-position, faithfulness over size, overlap and interchange per group, alignment over layers, back-patching over layer pairs.
+:func:`write_figures` reads the parquet files that ``microtome circuit`` writes and draws what is there:
+patching effects over layer and position, faithfulness over size, overlap and interchange per group, alignment
+over layers, back-patching over layer pairs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def draw(tables: Tables) -> dict[str, Figure]:
             figures[f"effects-{task}"] = effect_maps(tables["effects"].filter(pl.col("task") == task), task)
     if "backpatch" in tables:
         for task in tables["backpatch"]["task"].unique(maintain_order=True):
-            figures[f"backpatch-{task}"] = back_patch_maps(tables["backpatch"].filter(pl.col("task") == task), task)
+            figures[f"backpatch-{task}"] = back_patch_maps(
+                tables["backpatch"].filter(pl.col("task") == task), task
+            )
     return figures
 
 
@@ -78,7 +81,9 @@ def faithfulness_curves(table: pl.DataFrame) -> Figure:
                 axes.plot(part["size"], part["faithfulness"], style, color=colour, label=f"{task}, {form}")
                 axes.fill_between(part["size"], part["low"], part["high"], color=colour, alpha=0.08, lw=0)
     axes.axhline(0.8, color=_GREY, lw=0.8)
-    axes.set(xscale="log", xlabel="circuit size (share of all nodes)", ylabel="faithfulness", ylim=(-0.1, 1.2))
+    axes.set(
+        xscale="log", xlabel="circuit size (share of all nodes)", ylabel="faithfulness", ylim=(-0.1, 1.2)
+    )
     axes.legend(frameon=False, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     return figure
 
@@ -101,7 +106,8 @@ def group_bars(table: pl.DataFrame, ylabel: str) -> Figure:
     axes.axhline(1, color=_GREY, lw=0.8, ls=":")
     axes.axhline(0, color=_GREY, lw=0.8)
     axes.set_xticks(range(len(tasks)), tasks)
-    axes.set(ylabel=ylabel, ylim=(min(-0.25, float(table[value].fill_nan(0).clip(-1, 1.3).min() or 0) - 0.05), 1.3))  # type: ignore[operator, arg-type]
+    lowest = float(np.nan_to_num(table[value].to_numpy()).min(initial=0.0))
+    axes.set(ylabel=ylabel, ylim=(min(-0.25, max(lowest, -1.0) - 0.05), 1.3))
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
@@ -142,10 +148,10 @@ def back_patch_maps(table: pl.DataFrame, title: str) -> Figure:
     forms = table["form"].unique(maintain_order=True).to_list()
     figure, axes = canvas(width=4.2 * len(forms), height=3.6, columns=len(forms), squeeze=False)
     change = table.with_columns((pl.col("accuracy") - pl.col("baseline")).alias("change"))
-    limit = max(float(change["change"].abs().max() or 0), 1e-9)  # type: ignore[arg-type]
+    limit = float(change["change"].abs().to_numpy().max(initial=1e-9))
     for panel, form in zip(axes[0], forms, strict=True):
         best = change.filter(pl.col("form") == form).group_by("src", "dst").agg(pl.col("change").max())
-        n = int(best["src"].max() or 0) + 1  # type: ignore[arg-type]
+        n = int(best["src"].to_numpy().max()) + 1
         values = np.full((n, n), np.nan)
         values[best["dst"].to_numpy(), best["src"].to_numpy()] = best["change"].to_numpy()
         image = panel.imshow(values, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
