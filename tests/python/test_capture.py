@@ -461,3 +461,29 @@ def test_the_store_opens_with_its_selections(tmp_path):
     acts = store["blocks.1.hook_resid_post"]
     assert torch.equal(torch.as_tensor(acts[0 : acts.shape[0]]), stored["blocks.1.hook_resid_post"])
     assert acts.where(pl.col("even")).shape[0] == 22 + 20
+
+
+def test_the_module_and_the_function_are_called_alike(tmp_path):
+    import sys
+
+    from microtome.capture import capture
+
+    module = sys.modules["microtome.capture"]
+    model = tiny_models.build("llama").model
+    for call in (mt.capture, module, capture):
+        recorder = call(model, tmp_path / "s", hooks=["hook_embed"])
+        assert isinstance(recorder, mt.Recorder)
+        assert recorder.hooks == ["hook_embed"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_asynchronous_copies_from_a_gpu_hold_the_values_at_hook_time(tmp_path):
+    tiny = tiny_models.build("llava")
+    tiny.model.cuda()
+    batch = {name: value.cuda() for name, value in tiny.batch([5, 9, 3], images=[True, False, True]).items()}
+    layer, seen = adapt(tiny.model).layers[1].module, []
+    with layer.register_forward_hook(lambda m, a, out: seen.append(out.clone().cpu())):
+        store, _ = captured(tiny, tmp_path / "s", [batch], ["blocks.1.hook_resid_post", "vision_*"])
+    assert torch.equal(store["blocks.1.hook_resid_post"], seen[0][batch["attention_mask"].bool().cpu()])
+    assert store.rows("vision_projector").height == 32
