@@ -195,6 +195,18 @@ class FvuState:
     ) -> None: ...
     def finish(self) -> tuple[float, float]: ...
 
+def frequency_gap(
+    spatial: _Codes,
+    spatial_clusters: tuple[npt.NDArray[np.uint32], int],
+    base: _Codes,
+    base_clusters: tuple[npt.NDArray[np.uint32], int],
+    replicates: int,
+    level: float,
+    seed: int,
+    shared: bool,
+) -> tuple[
+    npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]
+]: ...
 def sample_fires(
     codes: _Codes, order: npt.NDArray[np.uint64], starts: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]: ...

@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use microtome_core::kernels::moments::Moments;
 use microtome_core::kernels::residual::Decoder;
+use microtome_core::metrics::bootstrap::{Clustered, Resampling, frequency_gap as bootstrap_gap};
 use microtome_core::metrics::features::{Accumulator, Labelled};
 use microtome_core::metrics::firing::{Firing, sample_fires as count_samples};
 use microtome_core::metrics::fvu::{BLOCK_ROWS, Fvu, Reconstruction, Variance};
@@ -308,10 +309,49 @@ impl FvuState {
     }
 }
 
+type GapColumns<'py> = (
+    Bound<'py, PyArray1<f64>>,
+    Bound<'py, PyArray1<f64>>,
+    Bound<'py, PyArray1<f64>>,
+    Bound<'py, PyArray1<f64>>,
+);
+
+/// (gap, standard error, low, high) of every feature between two sets of rows, each with the cluster of every row and
+/// the number of clusters.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn frequency_gap<'py>(
+    py: Python<'py>,
+    spatial: CodesArgument<'py>,
+    spatial_clusters: (PyReadonlyArray1<'py, u32>, usize),
+    base: CodesArgument<'py>,
+    base_clusters: (PyReadonlyArray1<'py, u32>, usize),
+    replicates: usize,
+    level: f64,
+    seed: u64,
+    shared: bool,
+) -> PyResult<GapColumns<'py>> {
+    let (a, b) = (spatial.codes()?, base.codes()?);
+    let (of_a, of_b) = (spatial_clusters.0.as_slice()?, base_clusters.0.as_slice()?);
+    let (n_a, n_b) = (spatial_clusters.1, base_clusters.1);
+    let plan = Resampling { replicates, seed, level, shared };
+    let gaps = run(py, Task::named("frequency_gap"), |context| {
+        let (a, b) = (Clustered::new(&a, of_a, n_a)?, Clustered::new(&b, of_b, n_b)?);
+        bootstrap_gap(&a, &b, plan, context)
+    })?;
+    Ok((
+        PyArray1::from_iter(py, gaps.iter().map(|g| g.gap)),
+        PyArray1::from_iter(py, gaps.iter().map(|g| g.standard_error)),
+        PyArray1::from_iter(py, gaps.iter().map(|g| g.low)),
+        PyArray1::from_iter(py, gaps.iter().map(|g| g.high)),
+    ))
+}
+
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("FVU_BLOCK_ROWS", BLOCK_ROWS)?;
     m.add_class::<FiringState>()?;
     m.add_class::<TopState>()?;
     m.add_class::<FvuState>()?;
+    m.add_function(wrap_pyfunction!(frequency_gap, m)?)?;
     m.add_function(wrap_pyfunction!(sample_fires, m)?)
 }

@@ -14,6 +14,7 @@ from microtome.metrics.cka import cka_matrix, linear_cka
 from microtome.metrics.codes import RaggedCodes, SparseCodes
 from microtome.metrics.encode import EncodeReport, TopKEncoder, topk_encode
 from microtome.metrics.features import FeatureStats, feature_stats, l0, variance_gap
+from microtome.metrics.gap import FrequencyGap, frequency_gap
 from microtome.metrics.odds import OddsRatio, odds_ratio
 from microtome.metrics.reconstruction import fvu
 from microtome.metrics.samples import SampleFires, sample_fires, top_samples
@@ -30,6 +31,7 @@ __all__ = [
     "Bitset",
     "EncodeReport",
     "FeatureStats",
+    "FrequencyGap",
     "IouChance",
     "Matches",
     "MutualMatches",
@@ -43,6 +45,7 @@ __all__ = [
     "decoder_cosine",
     "expected_iou",
     "feature_stats",
+    "frequency_gap",
     "fvu",
     "inclusion_rate",
     "iou_chance",

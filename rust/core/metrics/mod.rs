@@ -1,5 +1,6 @@
 //! Metrics as folds over blocks of rows. A fold keeps partial results that merge; it opens no file and starts no thread.
 
+pub mod bootstrap;
 pub mod circuit;
 pub mod cka;
 pub mod decode;
