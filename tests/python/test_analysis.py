@@ -9,8 +9,9 @@ import polars as pl
 import pytest
 
 import microtome as mt
+import stored
 from microtome.errors import DtypeError, NonFiniteError, ShapeError
-from microtome.metrics import TopKEncoder
+from microtome.metrics import TopKEncoder, features, sample_fires
 
 F32 = np.float32
 RNG = np.random.default_rng(0)
@@ -72,39 +73,47 @@ def test_a_dictionary_brings_its_own_decoder():
     assert math.isclose(found, mt.fvu(X, encoder()(X), W_dec=W_DEC, b_dec=B_DEC), rel_tol=1e-6)
 
 
-def test_a_store_is_analysed_as_its_rows_in_memory(tmp_path):
-    torch = pytest.importorskip("torch")
-    store = pytest.importorskip("microtome.store")
-    if not hasattr(mt, "capture") or not hasattr(store, "ActivationStore"):
-        pytest.skip("needs capture")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=D,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    path = tmp_path / "run"
-    with mt.capture(
-        model, path, hooks=["blocks.0.hook_resid_post"], dtype="bfloat16", step_rows=40
-    ) as recorder:
-        for i in range(5):
-            recorder.samples(ids=[i], half=["a" if i < 2 else "b"])
-            with torch.no_grad():
-                model(input_ids=torch.randint(0, 50, (1, 20 + i)))
-    acts = mt.ActivationStore(path)["blocks.0.hook_resid_post"]
+def stored_encoder():
+    W_enc = np.random.default_rng(1).standard_normal((64, D_SAE), dtype=F32)
+    return TopKEncoder(W_enc, None, k=K), np.ascontiguousarray(W_enc.T)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_store_is_analysed_as_its_rows_in_memory(tmp_path, dtype):
+    memory = stored.write(tmp_path / "run", dtype=dtype)
+    acts = mt.ActivationStore(tmp_path / "run")[stored.HOOK]
+    topk, W_dec = stored_encoder()
+    parity = pl.col("position") % 2
     for chosen in (acts, acts.where(pl.col("position") > 3)):
-        one = mt.analyse(chosen, encoder(), W_dec=W_DEC, by=pl.col("position") % 2, top=2)
-        memory = torch.as_tensor(chosen[:]).clone()
-        table = chosen.rows.collect()
-        codes = encoder()(memory)
-        separate = mt.feature_stats(codes, by=pl.col("position") % 2, rows=table)
+        one = mt.analyse(chosen, topk, W_dec=W_dec, by=parity, top=2)
+        rows = memory[chosen.row_numbers]
+        codes = topk(rows)
+        separate = mt.feature_stats(codes, by=parity, rows=chosen.rows.collect())
+        assert set(one.stats) == {0, 1}
         assert_equal(one.stats[1], separate[1])
-        assert one.top.equals(mt.top_samples(codes, chosen, n=2, by=pl.col("position") % 2))
-        assert one.fvu == mt.fvu(chosen, codes, W_dec=W_DEC) == mt.fvu(memory, codes, W_dec=W_DEC)
+        assert one.top.equals(mt.top_samples(codes, chosen, n=2, by=parity))
+        assert one.fvu == mt.fvu(chosen, codes, W_dec=W_dec) == mt.fvu(rows, codes, W_dec=W_dec)
+
+
+def test_stored_codes_give_what_codes_in_memory_give(tmp_path, monkeypatch):
+    stored.write(tmp_path / "run")
+    store = mt.ActivationStore(tmp_path / "run")
+    acts = store[stored.HOOK]
+    topk, W_dec = stored_encoder()
+    codes = topk(acts)
+    with store.write_codes("topk", acts, k=K, d_sae=D_SAE, dictionary="d", step_rows=300) as out:
+        out.append(codes)
+    found = store.codes("topk")
+    monkeypatch.setattr(features, "STORED_BLOCK_ROWS", 512)
+    kind = pl.col("kind")
+    assert_equal(mt.feature_stats(found), mt.feature_stats(codes))
+    assert_equal(
+        mt.feature_stats(found, by=kind, rows=acts)["image"],
+        mt.feature_stats(codes, by=kind, rows=acts)["image"],
+    )
+    assert mt.top_samples(found, acts, n=3).equals(mt.top_samples(codes, acts, n=3))
+    assert mt.fvu(acts, found, W_dec=W_dec) == mt.fvu(acts, codes, W_dec=W_dec)
+    assert sample_fires(found, acts).fires.tolist() == sample_fires(codes, acts).fires.tolist()
 
 
 REFUSALS = {
