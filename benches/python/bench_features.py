@@ -54,10 +54,9 @@ def compare(
 def codes_of(n: int, k: int, d_sae: int, skewed: bool) -> SparseCodes:
     """Random codes: features uniform, or with the heavy-tailed frequencies of trained dictionaries."""
     rng = np.random.default_rng(SEED)
-    if skewed:
-        indices = rng.permutation(d_sae)[rng.zipf(1.2, (n, k)) % d_sae]
-    else:
-        indices = rng.integers(0, d_sae, (n, k))
+    indices = (
+        rng.permutation(d_sae)[rng.zipf(1.2, (n, k)) % d_sae] if skewed else rng.integers(0, d_sae, (n, k))
+    )
     values = rng.standard_exponential((n, k), dtype=np.float32) + np.float32(0.01)
     return SparseCodes(indices.astype(np.uint32), values, d_sae)
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
         attribute,
         circuit_iou,
         circuit_niou,
-        faithfulness,
     )
+    from microtome.circuits.faithfulness import faithfulness
     from microtome.dictionary import SAE
     from microtome.metrics import (
         Analysis,

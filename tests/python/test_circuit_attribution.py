@@ -27,8 +27,8 @@ def naive_scores(model, pairs, points, head_reduce="abs_sum"):
             for layer in adapter.layers:
                 for name, module in (("z", layer.o_proj.module), ("m", layer.down_proj.module)):
 
-                    def hook(_, args, key=(name, layer.index), seen=seen):
-                        seen[key] = args[0]
+                    def hook(_, args, site=(name, layer.index), seen=seen):
+                        seen[site] = args[0]
                         args[0].requires_grad_(True) if not args[0].requires_grad else args[0].retain_grad()
                         return
 

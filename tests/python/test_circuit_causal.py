@@ -321,7 +321,9 @@ def test_keys_are_attributed_per_query_head():
     for merged in (clean, _corrupted(adapter, batch, clean, mean)):
         kept = {}
         handles = [
-            layer.k_proj.module.register_forward_hook(lambda m, a, o, i=layer.index: kept.__setitem__(i, o))
+            layer.k_proj.module.register_forward_hook(
+                lambda m, a, o, i=layer.index, kept=kept: kept.__setitem__(i, o)
+            )
             for layer in adapter.layers
         ]
         handles.append(adapter.layers[1].module.register_forward_hook(lambda m, a, o: resid.append(o)))

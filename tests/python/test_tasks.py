@@ -34,11 +34,13 @@ def write(path, content):
 
 def test_vqav2_gives_its_most_common_answer_and_its_pictures(folder):
     questions = write(folder / "questions.json", {"data_subtype": "val2014", "questions": [
-        {"question_id": 1, "image_id": 42, "question": "Is it red?"}, {"question_id": 2, "image_id": 42, "question": "Which colour?"},
+        {"question_id": 1, "image_id": 42, "question": "Is it red?"},
+        {"question_id": 2, "image_id": 42, "question": "Which colour?"},
     ]})  # fmt: skip
     notes = write(folder / "annotations.json", {"annotations": [
         {"question_id": 1, "answer_type": "yes/no", "question_type": "is it", "multiple_choice_answer": "yes", "answers": []},
-        {"question_id": 2, "answer_type": "other", "question_type": "which", "answers": [{"answer": a} for a in ("red", "blue", "red")]},
+        {"question_id": 2, "answer_type": "other", "question_type": "which",
+         "answers": [{"answer": a} for a in ("red", "blue", "red")]},
     ]})  # fmt: skip
     prompts = load_prompts(questions, folder, annotations=notes, template="USER: {question} ASSISTANT:")
     assert [p.answer for p in prompts] == ["yes", "red"]
@@ -202,7 +204,8 @@ def test_prompts_of_unequal_length_pair_by_spans():
 @pytest.mark.parametrize(("pair", "message"), [
     (worded("x", "yes please", "no"), "answer: expected one token, found 2"),
     (worded("x", "yes", "yes"), "expected two different tokens"),
-    (PromptPair(Prompt("x y", "yes"), Prompt("x z", "no"), "yes", "no", {"data": [1, 9]}), "expected positions before the last"),
+    (PromptPair(Prompt("x y", "yes"), Prompt("x z", "no"), "yes", "no", {"data": [1, 9]}),
+     "expected positions before the last"),
     (PromptPair(Prompt("x y", "a", data="q"), Prompt("x z", "b"), "a", "b"), "expected a part of the prompt"),
     ({"clean": {}, "corrupted": {}}, "prompt: expected a field of this name"),
 ])  # fmt: skip

@@ -276,7 +276,7 @@ def _labelled(features: pl.DataFrame, top: pl.DataFrame, texts: Mapping[Any, str
     rows = []
     for (layer,), part in top.group_by("layer", maintain_order=True):
         for feature, evidence in collect({"vlm": part}, {"vlm": texts}).items():
-            label = label_offline(int(layer), feature, evidence, background)  # type: ignore[call-overload]
+            label = label_offline(int(layer), feature, evidence, background)
             rows.append(dataclasses.asdict(label))
     schema = {"layer": pl.Int64, "feature": pl.Int64, "label": pl.String, "label_confidence": pl.Float64}
     labels = pl.DataFrame(

@@ -54,10 +54,10 @@ class SparseCodes:
     @property
     def k(self) -> int:
         """Slots per row."""
-        return self.indices.shape[1]
+        return int(self.indices.shape[1])
 
     def __len__(self) -> int:
-        return self.indices.shape[0]
+        return len(self.indices)
 
     def __getitem__(self, rows: RowIndex) -> SparseCodes:
         return SparseCodes(self.indices[_row_index(rows)], self.values[_row_index(rows)], self.d_sae)
@@ -168,7 +168,7 @@ class RaggedCodes:
 def _row_index(rows: RowIndex) -> RowIndex:
     if isinstance(rows, slice):
         return rows
-    index = np.asarray(rows)
+    index: npt.NDArray[Any] = np.asarray(rows)
     if index.ndim != 1 or index.dtype.kind not in "iub":
         raise ShapeError(f"rows: expected a slice, row numbers or a mask, found {rows!r}")
     return index

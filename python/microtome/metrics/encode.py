@@ -150,8 +150,10 @@ class TopKEncoder:
             screen=screen,
         )
         if self.activation == "topk":
-            return SparseCodes(*arrays, d_sae=self.d_sae)
-        return RaggedCodes(*arrays, d_sae=self.d_sae)
+            indices, values = arrays
+            return SparseCodes(indices, values, self.d_sae)
+        indptr, indices, values = arrays
+        return RaggedCodes(indptr, indices, values, self.d_sae)
 
 
 def topk_encode(x: Any, W_enc: Any, b_enc: Any = None, k: int | None = None, **options: Any) -> Any:
