@@ -221,6 +221,25 @@ def cka_matrix(
     progress: Callable[[int], None] | None,
 ) -> tuple[npt.NDArray[np.float64], list[int]]: ...
 
+def minibatch_cka(
+    xs: list[tuple[str, Any]],
+    ys: list[tuple[str, Any]] | None,
+    batch: int,
+    memory_budget: int,
+    progress: Callable[[int], None] | None,
+) -> tuple[npt.NDArray[np.float64], list[int]]: ...
+def rbf_cka(
+    x: tuple[str, Any], y: tuple[str, Any], fraction: float, debiased: bool, memory_budget: int
+) -> tuple[npt.NDArray[np.float64], list[int]]: ...
+def cka_halves(
+    x: tuple[str, Any],
+    y: tuple[str, Any],
+    n_resamples: int,
+    seed: int,
+    groups: npt.NDArray[np.uint32] | None,
+    memory_budget: int,
+) -> tuple[float, npt.NDArray[np.float64], float]: ...
+
 # --- similarity.rs --------------------------------------------------------------------------------------------------
 
 def row_cosines(a: CoreInput, b: CoreInput, names: tuple[str, str]) -> npt.NDArray[np.float64]: ...

@@ -10,21 +10,29 @@ from hypothesis import strategies as st
 
 import microtome as mt
 from microtome.errors import DtypeError, NonFiniteError, ShapeError, UndefinedWarning
+from microtome.metrics import cka_interval, minibatch_cka, rbf_cka
 
 
-def definition(x, y, debiased=True):
-    """CKA from n x n Gram matrices, as written in the papers."""
-    n = len(x)
+def hsic(k, l, debiased=True):  # noqa: E741
+    """HSIC of two kernel matrices, as written in the papers."""
+    n = len(k)
+    if debiased:
+        k, l = (m * (1 - np.eye(n)) for m in (k, l))  # noqa: E741
+    inner, rows, totals = (k * l).sum(), k.sum(0) @ l.sum(0), k.sum() * l.sum()
+    if debiased:
+        return (inner + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows) / (n * (n - 3))
+    return (inner + totals / n**2 - 2 / n * rows) / (n - 1) ** 2
 
-    def hsic(k, l):  # noqa: E741
-        inner, rows, totals = (k * l).sum(), k.sum(0) @ l.sum(0), k.sum() * l.sum()
-        if debiased:
-            return (inner + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows) / (n * (n - 3))
-        return (inner + totals / n**2 - 2 / n * rows) / (n - 1) ** 2
 
-    x, y = (z.astype(np.float64) - z.astype(np.float64).mean(0) for z in (x, y))
-    k, l = (z @ z.T * (1 - np.eye(n) * debiased) for z in (x, y))  # noqa: E741
-    return hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l))
+def gram(x):
+    x = x.astype(np.float64) - x.astype(np.float64).mean(0)
+    return x @ x.T
+
+
+def definition(x, y, debiased=True, kernel=gram):
+    """CKA from n x n kernel matrices."""
+    k, l = kernel(x), kernel(y)  # noqa: E741
+    return hsic(k, l, debiased) / np.sqrt(hsic(k, k, debiased) * hsic(l, l, debiased))
 
 
 def layers(n, *widths, seed=0):
@@ -150,11 +158,76 @@ def test_massive_activations_keep_their_digits():
     assert mt.linear_cka(x, y) == pytest.approx(definition(x, y), abs=1e-5)
 
 
+@pytest.mark.parametrize("n", [40, 45])
+def test_rbf_cka_is_its_definition(n):
+    def rbf(x, fraction=0.7):
+        distances = np.linalg.norm(x[:, None].astype(np.float64) - x.astype(np.float64), axis=-1)
+        sigma = fraction * np.median(distances[np.triu_indices(n, 1)])
+        return np.exp(-(distances**2) / (2 * sigma**2))
+
+    x, y = layers(n, 6, 9)
+    for debiased in (True, False):
+        expected = definition(x, y, debiased, rbf)
+        assert rbf_cka(x, y, 0.7, debiased) == pytest.approx(expected, abs=1e-5)
+        assert rbf_cka(x + 1000, y, 0.7, debiased) == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(ShapeError, match="sigma: expected a positive fraction"):
+        rbf_cka(x, y, 0.0)
+    with pytest.raises(MemoryError, match=f"RBF CKA of {n} rows needs"):
+        rbf_cka(x, y, memory_budget=1000)
+    with pytest.warns(UndefinedWarning, match="for y"):
+        assert np.isnan(rbf_cka(x, np.ones_like(y)))
+
+
+def test_minibatch_cka_averages_hsic_over_batches():
+    xs = layers(70, 5, 12)
+    batches = [slice(i, i + 16) for i in range(0, 70, 16)]
+
+    def mean(x, y):
+        return np.mean([hsic(gram(x[b]), gram(y[b])) for b in batches])
+
+    expected = [[mean(x, y) / np.sqrt(mean(x, x) * mean(y, y)) for y in xs] for x in xs]
+    assert minibatch_cka(xs, batch=16) == pytest.approx(np.array(expected), abs=1e-5)
+    assert minibatch_cka(xs[:1], xs[1:], batch=16)[0, 0] == pytest.approx(expected[0][1], abs=1e-5)
+    assert minibatch_cka(xs, batch=70) == pytest.approx(mt.cka_matrix(xs), abs=1e-6)
+    with pytest.raises(ShapeError, match="batch: expected at least 4 rows, found 3"):
+        minibatch_cka(xs, batch=3)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    truth = mt.linear_cka(*layers(20_000, 6, 5))
+    rng = np.random.default_rng(0)
+    x, y = layers(20_000, 6, 5)
+    covered = 0
+    for trial in range(60):
+        rows = rng.choice(20_000, 80, replace=False)
+        found = cka_interval(x[rows], y[rows], level=0.9, n_resamples=100, seed=trial)
+        covered += found.low <= truth <= found.high
+    assert 45 <= covered <= 60
+
+
+def test_the_interval_is_seeded_and_wider_for_rows_in_groups():
+    x, y = layers(60, 6, 5)
+    assert cka_interval(x, y, seed=3) == cka_interval(x, y, seed=3)
+    assert cka_interval(x, y, seed=3) != cka_interval(x, y, seed=4)
+    assert cka_interval(x, y).estimate == pytest.approx(mt.linear_cka(x, y), abs=1e-6)
+    groups = np.repeat(np.arange(60), 5)
+    repeated_x, repeated_y = (np.repeat(z, 5, 0) + np.float32(1e-3) for z in (x, y))
+    alone = cka_interval(repeated_x, repeated_y)
+    together = cka_interval(repeated_x, repeated_y, groups=groups)
+    assert together.standard_error > 1.5 * alone.standard_error
+    with pytest.raises(ShapeError, match="groups: expected at least 8 groups, found 2"):
+        cka_interval(x, y, groups=np.arange(60) % 2)
+    with pytest.raises(ShapeError, match="groups: expected one group for each of 60 rows, found 3"):
+        cka_interval(x, y, groups=[1, 2, 3])
+    with pytest.raises(ShapeError, match="x: expected at least 8 rows, found 7 rows"):
+        cka_interval(x[:7], y[:7])
+
+
 @pytest.mark.slow
 def test_agrees_with_ckatorch():
     ckatorch = pytest.importorskip("ckatorch")
     x, y = layers(100, 20, 30)
     theirs = ckatorch.core.cka_base(
-        torch.from_numpy(x), torch.from_numpy(y), kernel="linear", unbiased=True, method="hsic"
+        torch.from_numpy(x), torch.from_numpy(y), kernel="linear", unbiased=True, method="fro_norm"
     )
-    assert mt.linear_cka(x, y) == pytest.approx(float(theirs), abs=1e-4)
+    assert mt.linear_cka(x, y) == pytest.approx(float(theirs), abs=1e-5)

@@ -11,6 +11,7 @@ from microtome.metrics.circuit import (
     top_n,
 )
 from microtome.metrics.cka import cka_matrix, linear_cka
+from microtome.metrics.cka_variants import CkaInterval, cka_interval, minibatch_cka, rbf_cka
 from microtome.metrics.codes import RaggedCodes, SparseCodes
 from microtome.metrics.encode import EncodeReport, TopKEncoder, topk_encode
 from microtome.metrics.features import FeatureStats, feature_stats, l0, variance_gap
@@ -29,6 +30,7 @@ from microtome.metrics.similarity import (
 __all__ = [
     "Analysis",
     "Bitset",
+    "CkaInterval",
     "EncodeReport",
     "FeatureStats",
     "FrequencyGap",
@@ -41,6 +43,7 @@ __all__ = [
     "SparseCodes",
     "TopKEncoder",
     "analyse",
+    "cka_interval",
     "cka_matrix",
     "decoder_cosine",
     "expected_iou",
@@ -52,9 +55,11 @@ __all__ = [
     "l0",
     "linear_cka",
     "match_features",
+    "minibatch_cka",
     "mutual_matches",
     "normalised_iou",
     "odds_ratio",
+    "rbf_cka",
     "sample_fires",
     "top_n",
     "top_samples",

@@ -57,7 +57,8 @@ def linear_cka(
         >>> round(linear_cka(x, 3 * x + 1), 6)
         1.0
     """
-    values = _matrix([("x", x)], [("y", y)], debiased, memory_budget, progress)
+    pair = [("x", tensors.core_source(x, "x"))], [("y", tensors.core_source(y, "y"))]
+    values = _matrix(*pair, debiased, memory_budget, progress)
     return float(values[0, 0])
 
 
@@ -93,15 +94,23 @@ def cka_matrix(
         >>> cka_matrix([x, x[:, :4], -x]).shape
         (3, 3)
     """
-    named_ys = None if ys is None else _named(ys, "ys")
-    return _matrix(_named(xs, "xs"), named_ys, debiased, memory_budget, progress)
+    return _matrix(
+        named(xs, "xs"), None if ys is None else named(ys, "ys"), debiased, memory_budget, progress
+    )
 
 
-def _named(layers: Iterable[Any], name: str) -> list[tuple[str, Any]]:
-    named = [(f"{name}[{i}]", layer) for i, layer in enumerate(layers)]
-    if not named:
+def named(layers: Iterable[Any], name: str) -> list[tuple[str, Any]]:
+    """Layers as the core takes them, each with its name in messages."""
+    listed = [(f"{name}[{i}]", layer) for i, layer in enumerate(layers)]
+    if not listed:
         raise ShapeError(f"{name}: expected at least one representation (n, d), found none")
-    return named
+    return [(label, tensors.core_source(layer, label)) for label, layer in listed]
+
+
+def rows_of(layers: list[tuple[str, Any]]) -> int:
+    """Rows of the first layer: the steps of a progress bar."""
+    words = layers[0][1]
+    return len(words[1] if isinstance(words, tuple) else words)
 
 
 def _matrix(
@@ -111,17 +120,9 @@ def _matrix(
     memory_budget: int,
     progress: bool,
 ) -> Float64:
-    x_words = [(name, tensors.core_source(x, name)) for name, x in xs]
-    y_words = None if ys is None else [(name, tensors.core_source(y, name)) for name, y in ys]
-    names = [name for name, _ in (*xs, *(ys or []))]
-
-    with bar("CKA", _rows(xs[0][1]), progress) as done:
-        values, undefined = _core.cka_matrix(x_words, y_words, debiased, memory_budget, done)
+    with bar("CKA", rows_of(xs), progress) as done:
+        values, undefined = _core.cka_matrix(xs, ys, debiased, memory_budget, done)
     if undefined:
+        names = [name for name, _ in (*xs, *(ys or []))]
         warn_undefined("CKA", "its HSIC with itself is not positive", [names[i] for i in undefined], 4)
     return values
-
-
-def _rows(x: Any) -> int | None:
-    shape = getattr(x, "shape", None)
-    return int(shape[0]) if shape else None

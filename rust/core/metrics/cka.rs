@@ -16,19 +16,25 @@
 //!   number of rows;
 //! * the [Gram form](gram) multiplies rows, `<K, L>`, at `n^2 d / 2` a layer, and wins for `n` below about the sum of widths.
 //!
-//! Neither writes an n x n matrix. Rows are shifted by a provisional mean first: large offsets cost no digits.
+//! Neither writes an n x n matrix. Rows are shifted by a provisional mean first: large offsets cost no digits. What needs
+//! whole kernel matrices is apart: the [RBF kernel](rbf) and the [interval].
 
+mod dense;
 mod feature;
 mod gram;
+pub mod interval;
+pub mod minibatch;
+pub mod rbf;
 
 use crate::error::{Error, Result};
 use crate::kernels::gemm::Isa;
-use crate::kernels::gram::{DEPTH, Frame, Margins};
+use crate::kernels::gram::{Frame, Margins};
 use crate::rows::Rows;
 use crate::scan::{Buffer, Context, Source, map_ordered};
 
-/// Slabs of rows that the provisional mean is taken from, evenly spread.
-const SAMPLE_SLABS: usize = 16;
+/// Runs of neighbouring rows that the provisional mean is taken from, evenly spread, and their length.
+const SAMPLE_RUNS: usize = 16;
+const RUN_ROWS: usize = 64;
 
 /// Which HSIC estimator CKA is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,6 +129,20 @@ struct Problem<'a> {
     isa: Isa,
 }
 
+impl<'a> Problem<'a> {
+    fn new(
+        layers: &'a [Layer<'a>],
+        pairs: Vec<(usize, usize)>,
+        estimator: Estimator,
+        min_rows: usize,
+        context: &Context<'_>,
+    ) -> Result<Self> {
+        let n = common_rows(layers, min_rows)?;
+        let frames = frames(layers, n, context)?;
+        Ok(Self { layers, frames, pairs, n, estimator, isa: Isa::choose()? })
+    }
+}
+
 impl Problem<'_> {
     fn widths(&self) -> impl Iterator<Item = usize> {
         self.layers.iter().map(|l| l.source.d())
@@ -169,15 +189,8 @@ pub fn cka_matrix(
     context: &Context<'_>,
 ) -> Result<CkaMatrix> {
     let layers: Vec<Layer<'_>> = xs.iter().chain(ys.unwrap_or_default()).cloned().collect();
-    let n = common_rows(&layers, estimator.min_rows())?;
-    let problem = Problem {
-        frames: frames(&layers, n, context)?,
-        pairs: pairs(xs.len(), ys.map(<[_]>::len)),
-        layers: &layers,
-        n,
-        estimator,
-        isa: Isa::choose()?,
-    };
+    let problem =
+        Problem::new(&layers, pairs(xs.len(), ys.map(<[_]>::len)), estimator, estimator.min_rows(), context)?;
     let form = form.unwrap_or_else(|| {
         if problem.cost(Form::Gram) < problem.cost(Form::Feature) && gram::fits(&problem, context) {
             Form::Gram
@@ -189,7 +202,7 @@ pub fn cka_matrix(
         Form::Feature => feature::sums(&problem, context)?,
         Form::Gram => gram::sums(&problem, context)?,
     };
-    let hsic = |pair| sums.hsic(estimator, n, pair);
+    let hsic = |pair| sums.hsic(estimator, problem.n, pair);
     Ok(ratios(xs.len(), ys.map(<[_]>::len), &hsic))
 }
 
@@ -235,17 +248,17 @@ fn common_rows(layers: &[Layer<'_>], least: usize) -> Result<usize> {
 
 /// The frame of every layer, from rows spread evenly over it.
 fn frames(layers: &[Layer<'_>], n: usize, context: &Context<'_>) -> Result<Vec<Frame>> {
-    let starts: Vec<usize> = if n <= SAMPLE_SLABS * DEPTH {
-        (0..n).step_by(DEPTH).collect()
+    let starts: Vec<usize> = if n <= SAMPLE_RUNS * RUN_ROWS {
+        (0..n).step_by(RUN_ROWS).collect()
     } else {
-        (0..SAMPLE_SLABS).map(|i| i * (n - DEPTH) / (SAMPLE_SLABS - 1)).collect()
+        (0..SAMPLE_RUNS).map(|i| i * (n - RUN_ROWS) / (SAMPLE_RUNS - 1)).collect()
     };
     map_ordered(layers, context, |layer| {
         let d = layer.source.d();
-        let mut sample = Vec::with_capacity(starts.len() * DEPTH * d);
+        let mut sample = Vec::with_capacity(starts.len() * RUN_ROWS * d);
         let mut buffer = Buffer::default();
         for &start in &starts {
-            let rows = layer.source.read(start..n.min(start + DEPTH), &mut buffer)?;
+            let rows = layer.source.read(start..n.min(start + RUN_ROWS), &mut buffer)?;
             let end = sample.len();
             sample.resize(end + rows.n() * d, 0.0);
             rows.widen(0..rows.n(), &mut sample[end..]);

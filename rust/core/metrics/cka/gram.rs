@@ -24,12 +24,12 @@ const SEGMENT: usize = 1024;
 const SLAB_LEN: usize = TILE_PANELS * PANEL_LEN;
 
 /// Where the layers lie within a packed row tile.
-struct Layout {
+pub(super) struct Layout {
     first: Vec<usize>,
 }
 
 impl Layout {
-    fn new(problem: &Problem<'_>) -> Self {
+    pub(super) fn new(problem: &Problem<'_>) -> Self {
         let mut first = vec![0];
         for d in problem.widths() {
             first.push(first[first.len() - 1] + d.div_ceil(DEPTH) * SLAB_LEN);
@@ -37,7 +37,7 @@ impl Layout {
         Self { first }
     }
 
-    fn tile_len(&self) -> usize {
+    pub(super) fn tile_len(&self) -> usize {
         self.first[self.first.len() - 1]
     }
 
@@ -60,10 +60,10 @@ pub fn fits(problem: &Problem<'_>, context: &Context<'_>) -> bool {
 }
 
 /// A packed band of row tiles.
-struct Band {
+pub(super) struct Band {
     tiles: Range<usize>,
-    words: Vec<f32>,
-    margins: Vec<Vec<Margins>>,
+    pub(super) values: Vec<f32>,
+    pub(super) margins: Vec<Vec<Margins>>,
 }
 
 /// The sums of HSIC by the Gram form.
@@ -100,9 +100,14 @@ pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
     finish(problem, &total, &margins, context)
 }
 
-fn pack(problem: &Problem<'_>, layout: &Layout, tiles: Range<usize>, context: &Context<'_>) -> Result<Band> {
-    let mut words = vec![0.0_f32; tiles.len() * layout.tile_len()];
-    let margins = map_pieces(&mut words, layout.tile_len(), context, |i, out| {
+pub(super) fn pack(
+    problem: &Problem<'_>,
+    layout: &Layout,
+    tiles: Range<usize>,
+    context: &Context<'_>,
+) -> Result<Band> {
+    let mut values = vec![0.0_f32; tiles.len() * layout.tile_len()];
+    let margins = map_pieces(&mut values, layout.tile_len(), context, |i, out| {
         let first = (tiles.start + i) * TILE;
         let mut buffer = Buffer::default();
         let mut margins = Vec::with_capacity(problem.layers.len());
@@ -114,7 +119,7 @@ fn pack(problem: &Problem<'_>, layout: &Layout, tiles: Range<usize>, context: &C
         }
         Ok(margins)
     })?;
-    Ok(Band { tiles, words, margins })
+    Ok(Band { tiles, values, margins })
 }
 
 /// Adds `<K~, L~>` over all tiles of two bands, on and above the diagonal, to the lines of `inner`.
@@ -135,8 +140,8 @@ fn multiply(
         (from..columns.tiles.end.min(from + STRIP_TILES))
             .map(|j| {
                 context.check()?;
-                let a = &rows.words[(i - rows.tiles.start) * layout.tile_len()..][..layout.tile_len()];
-                let b = &columns.words[(j - columns.tiles.start) * layout.tile_len()..][..layout.tile_len()];
+                let a = &rows.values[(i - rows.tiles.start) * layout.tile_len()..][..layout.tile_len()];
+                let b = &columns.values[(j - columns.tiles.start) * layout.tile_len()..][..layout.tile_len()];
                 Ok(tile_products(problem, layout, (a, b), i == j, &mut tiles))
             })
             .collect::<Result<Vec<_>>>()
@@ -150,6 +155,26 @@ fn multiply(
     })
 }
 
+/// The tile of the Gram matrix of layer `l` that packed row tiles `a` and `b` make; `diagonal` when they are the same.
+pub(super) fn gram_tile(
+    problem: &Problem<'_>,
+    layout: &Layout,
+    l: usize,
+    (a, b): (&[f32], &[f32]),
+    diagonal: bool,
+    tile: &mut [f64],
+) {
+    tile.fill(0.0);
+    let d = problem.layers[l].source.d();
+    let slabs = a[layout.layer(l)].chunks_exact(SLAB_LEN).zip(b[layout.layer(l)].chunks_exact(SLAB_LEN));
+    for (slab, (a, b)) in slabs.enumerate() {
+        add_slab(Kernel::of(problem.isa), a, b, (d - slab * DEPTH).min(DEPTH), diagonal, tile);
+    }
+    if diagonal {
+        mirror(tile);
+    }
+}
+
 /// `<K~, L~>` over one tile, for every pair of layers; a tile above the diagonal stands for the one below as well.
 fn tile_products(
     problem: &Problem<'_>,
@@ -158,15 +183,9 @@ fn tile_products(
     diagonal: bool,
     tiles: &mut [f64],
 ) -> Vec<f64> {
-    let kernel = Kernel::of(problem.isa);
-    tiles.fill(0.0);
-    for ((l, d), tile) in problem.widths().enumerate().zip(tiles.chunks_exact_mut(TILE_LEN)) {
-        let slabs = a[layout.layer(l)].chunks_exact(SLAB_LEN).zip(b[layout.layer(l)].chunks_exact(SLAB_LEN));
-        for (slab, (a, b)) in slabs.enumerate() {
-            add_slab(kernel, a, b, (d - slab * DEPTH).min(DEPTH), diagonal, tile);
-        }
+    for (l, tile) in tiles.chunks_exact_mut(TILE_LEN).enumerate() {
+        gram_tile(problem, layout, l, (a, b), diagonal, tile);
         if diagonal {
-            mirror(tile);
             (0..TILE).for_each(|i| tile[i * TILE + i] = 0.0);
         }
     }
