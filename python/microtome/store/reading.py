@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from microtome import _core
 from microtome.errors import HookError
+from microtome.progress import bar
 from microtome.store.activations import Activations
 from microtome.store.codes import CODES, CodesWriter, StoredCodes, codes_folder
 from microtome.store.tables import ROW, row_frame, sample_frame
@@ -129,16 +130,18 @@ class ActivationStore:
     def __repr__(self) -> str:
         return f"ActivationStore({str(self.path)!r}, {len(self.hooks)} hooks, {self.n_rows} rows)"
 
-    def verify(self, progress: Callable[[int], object] | None = None) -> list[str]:
+    def verify(self, progress: bool | Callable[[int], object] = True) -> list[str]:
         """Check every byte of every file, in parallel.
 
         Args:
-            progress: called about ten times a second with the number of files done, of :attr:`n_files`.
+            progress: whether a terminal shows a bar; or what is called about ten times a second with the number of
+                files done, of :attr:`n_files`.
 
         Returns:
             One line per problem, with the rows affected; empty when the store is sound.
         """
-        problems = self._reader.verify(progress)
+        with bar("verify", self.n_files, progress is True, unit="files") as shown:
+            problems = self._reader.verify(progress if callable(progress) else shown)
         for name in self.code_names:
             problems += [f"codes {name}: {problem}" for problem in self.codes(name).verify()]
         return problems
