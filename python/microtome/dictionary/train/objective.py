@@ -20,7 +20,7 @@ from microtome.dictionary.recipe import Recipe
 from microtome.dictionary.train.config import TrainConfig
 from microtome.dictionary.train.sparse import preactivations, topk_autoencode
 
-__all__ = ["Step", "objective"]
+__all__ = ["Step", "decoder_norms", "objective"]
 
 _L1 = 5.0
 
@@ -44,6 +44,7 @@ def objective(
     k: int,
     dead: Tensor | None,
     variance: float,
+    parts: int = 1,
 ) -> Step:
     """The loss of scaled rows ``x (n, d)``.
 
@@ -55,11 +56,12 @@ def objective(
         k: features per row at this step.
         dead: mask of dead features, or None when AuxK has nothing to do.
         variance: variance of the scaled rows, the sum over dimensions.
+        parts: models that a row is put together from; a decoder norm is the sum of its parts' norms.
     """
     u = x - weights["b_dec"] if recipe.apply_b_dec_to_input else x
     half = config.autocast is not None
     if recipe.activation == "topk":
-        norms = weights["W_dec"].detach().norm(dim=1) if recipe.norm_aware else None
+        norms = decoder_norms(weights["W_dec"].detach(), parts) if recipe.norm_aware else None
         out, values, indices = topk_autoencode(
             u, weights["encoder"], weights["b_enc"], weights["W_dec"], k, norms, half
         )
@@ -68,11 +70,16 @@ def objective(
         error = x - out - weights["b_dec"]
         step = Step(error.square().sum(1).mean() / variance, fired, None)
     else:
-        step, error = _dense(weights, x, u, recipe, config, k, variance)
+        step, error = _dense(weights, x, u, recipe, config, k, variance, parts)
     if dead is not None and bool(dead.any()) and recipe.activation in ("topk", "batch_topk"):
         aux = _auxk(weights, u, error.detach(), dead, config)
         step = step._replace(loss=step.loss + config.auxk_alpha * aux)
     return step
+
+
+def decoder_norms(W_dec: Tensor, parts: int) -> Tensor:
+    """``Σ_m ‖W_dec,f^m‖`` over the models of a row ``(d_sae,)``; the plain norm for one."""
+    return W_dec.unflatten(1, (parts, -1)).norm(dim=2).sum(1)
 
 
 def _dense(
@@ -83,11 +90,12 @@ def _dense(
     config: TrainConfig,
     k: int,
     variance: float,
+    parts: int,
 ) -> tuple[Step, Tensor]:
     gated = recipe.activation == "gated"
     bias = weights["b_gate" if gated else "b_enc"]
     pre = preactivations(u, weights["encoder"], bias, config.autocast is not None)
-    norms = weights["W_dec"].norm(dim=1)
+    norms = decoder_norms(weights["W_dec"], parts)
     penalty, floor = pre.new_zeros(()), None
     if recipe.activation == "batch_topk":
         codes, floor = _batch_topk(pre, norms.detach() if recipe.norm_aware else None, k)

@@ -18,12 +18,13 @@ from microtome.dictionary import forward
 from microtome.dictionary.train import checkpoint
 from microtome.dictionary.train.config import TrainConfig
 from microtome.dictionary.train.data import BatchReader, RowSource, Shuffle
-from microtome.dictionary.train.objective import objective
+from microtome.dictionary.train.objective import decoder_norms, objective
 from microtome.dictionary.train.start import Start, start
 from microtome.errors import NonFiniteError
 from microtome.progress import bar
 
 if TYPE_CHECKING:
+    from microtome.dictionary.recipe import Recipe
     from microtome.dictionary.sae import SAE
 
 __all__ = ["TrainResult", "train_sae"]
@@ -79,8 +80,7 @@ def train_sae(
         base: a dictionary to start from. Its features keep their index, its recipe is kept up to activation
             and ``k``.
         checkpoint_dir: folder for checkpoints. A run that finds one there continues it, and ends with the
-            same weights, bit for bit
-            on one CPU and number of threads, as a run that never stopped.
+            same weights, bit for bit on one CPU and number of threads, as a run that never stopped.
         resume: whether to continue from ``checkpoint_dir``; with False the run starts anew there.
         on_step: called with step and loss after every step.
         progress: draw a bar on a terminal.
@@ -100,13 +100,26 @@ def train_sae(
         >>> result.sae, result.tokens
         (SAE(topk, d_in=16, d_sae=32, k=4), 5120)
     """
-    config = config or TrainConfig()
+    return train_rows(acts, config or TrainConfig(), base, checkpoint_dir, resume, on_step, progress)
+
+
+def train_rows(
+    acts: Any,
+    config: TrainConfig,
+    base: SAE | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = True,
+    on_step: Callable[[int, float], None] | None = None,
+    progress: bool = True,
+    parts: int = 1,
+) -> TrainResult:
+    """See :func:`train_sae`; ``parts`` is the number of models that a row is put together from."""
     source = RowSource(acts, config.loss_where)
     training, held_out = source.split(config.eval_fraction, config.seed)
     total = config.total_steps(len(training))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    begun = start(source, training, config, base, _origin(acts, config))
-    run = _Run(begun, config, total, _held_out_rows(source, held_out, config))
+    begun = start(source, training, config, base, _origin(acts, config), parts)
+    run = _Run(begun, config, total, _held_out_rows(source, held_out, config), parts)
     facts = {"config": config.to_dict(), "data": _data_facts(source, training, base)}
     if folder is not None and resume:
         run.restore(folder, facts)
@@ -156,8 +169,9 @@ def _loop(
 class _Run:
     """Weights, optimiser and counts of a run; all of it in a checkpoint."""
 
-    def __init__(self, begun: Start, config: TrainConfig, total: int, held_out: Tensor) -> None:
+    def __init__(self, begun: Start, config: TrainConfig, total: int, held_out: Tensor, parts: int) -> None:
         self.config, self.total, self.recipe = config, total, begun.recipe
+        self.parts = parts
         self.variance, self.largest_norm = begun.variance, begun.largest_norm
         self.hook = begun.recipe.hook_name
         self.weights = {
@@ -184,7 +198,7 @@ class _Run:
             x = x[x.norm(dim=1) <= self.largest_norm]
         dead = self.silent >= self.dead_after if config.auxk_alpha > 0 else None
         k = config.k_at(step, self.total, self.d_sae)
-        found = objective(self.weights, x, self.recipe, config, k, dead, self.variance)
+        found = objective(self.weights, x, self.recipe, config, k, dead, self.variance, self.parts)
         loss = found.loss.detach()
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
@@ -213,9 +227,10 @@ class _Run:
     def _count(self, step: int, fired: Tensor, floor: Tensor | None, rows: int) -> None:
         self.silent += rows
         self.silent[fired] = 0
-        if floor is not None and step >= min(1000, self.total // 2):
-            beta = self.config.threshold_beta
-            self.threshold = floor if self.threshold < 0 else beta * self.threshold + (1 - beta) * floor
+        if floor is not None:
+            settled = step >= min(1000, self.total // 2)  # before, the floor moves too fast to be averaged
+            beta = self.config.threshold_beta if settled else 0.0
+            self.threshold = beta * self.threshold + (1 - beta) * floor
 
     # --- what comes out ---------------------------------------------------------------------------------
 
@@ -228,6 +243,9 @@ class _Run:
             tensors["threshold"] = self.weights["log_threshold"].detach().exp()
         if self.recipe.activation == "batch_topk" and self.threshold >= 0:
             tensors["threshold"] = self.threshold.expand(self.d_sae)
+            if self.parts > 1:
+                norms = decoder_norms(tensors["W_dec"], self.parts)
+                tensors["threshold"] = tensors["threshold"] / norms.clamp(min=1e-12)
         return tensors
 
     def dictionary(self) -> SAE:
@@ -235,8 +253,13 @@ class _Run:
         from microtome.dictionary.sae import SAE
 
         tensors = {name: t.clone() for name, t in self._as_dictionary().items()}
-        made = SAE(tensors.pop("W_enc"), tensors.pop("W_dec"), recipe=self.recipe, tensors=tensors)
+        made = SAE(tensors.pop("W_enc"), tensors.pop("W_dec"), recipe=self.reading, tensors=tensors)
         return made.with_probe(self.held_out[:256])
+
+    @property
+    def reading(self) -> Recipe:
+        """The recipe the dictionary is read by; norms of several models are inside the threshold."""
+        return self.recipe if self.parts == 1 else self.recipe.replace(norm_aware=False)
 
     def measure(self, seconds: float) -> None:
         """A point of the curves: FVU and L0 of held-out rows, by the recipe the dictionary will have."""
@@ -267,17 +290,17 @@ class _Run:
 
     def _reconstruction(self, x: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Reconstruction of rows and the number of codes; Top-K codes are never written out dense."""
-        if "threshold" in tensors or self.recipe.activation not in ("topk", "batch_topk"):
-            codes = forward.encode_dense(x, tensors, self.recipe)
-            return forward.decode_dense(codes, tensors, self.recipe), int((codes > 0).sum())
-        score = forward.scores(forward.preactivations(x, tensors, self.recipe), tensors, self.recipe)
+        if "threshold" in tensors or self.reading.activation not in ("topk", "batch_topk"):
+            codes = forward.encode_dense(x, tensors, self.reading)
+            return forward.decode_dense(codes, tensors, self.reading), int((codes > 0).sum())
+        score = forward.scores(forward.preactivations(x, tensors, self.reading), tensors, self.reading)
         top = torch.topk(score, self.config.k, dim=1, sorted=False)
         values = top.values
-        if self.recipe.norm_aware:
+        if self.reading.norm_aware:
             values = values / tensors["W_dec"].norm(dim=1).clamp(min=1e-12)[top.indices]
         starts = torch.arange(0, (len(x) + 1) * self.config.k, self.config.k, device=x.device)
         codes = values.relu().flatten()
-        x_hat = forward.decode_ragged(starts, top.indices.flatten(), codes, tensors, self.recipe)
+        x_hat = forward.decode_ragged(starts, top.indices.flatten(), codes, tensors, self.reading)
         return x_hat, int((codes > 0).sum())
 
     def table(self) -> pl.DataFrame:

@@ -38,7 +38,12 @@ class Start(NamedTuple):
 
 
 def start(
-    source: RowSource, rows: np.ndarray, config: TrainConfig, base: SAE | None, origin: dict[str, Any]
+    source: RowSource,
+    rows: np.ndarray,
+    config: TrainConfig,
+    base: SAE | None,
+    origin: dict[str, Any],
+    parts: int = 1,
 ) -> Start:
     """Measure the data on up to 32,768 training rows and make the first weights.
 
@@ -55,7 +60,7 @@ def start(
     if float(norms.max()) == 0:
         raise ShapeError("acts: expected rows that differ from zero, found zeros alone")
     weights, recipe = (
-        _fresh(sample, float(norms.mean()), config, origin)
+        _fresh(sample, float(norms.mean()), config, origin, parts)
         if base is None
         else _warm(base, source.d, config, origin)
     )
@@ -67,7 +72,7 @@ def start(
 
 
 def _fresh(
-    sample: Tensor, mean_norm: float, config: TrainConfig, origin: dict[str, Any]
+    sample: Tensor, mean_norm: float, config: TrainConfig, origin: dict[str, Any], parts: int
 ) -> tuple[dict[str, Tensor], Recipe]:
     d = sample.shape[1]
     d_sae = config.features(d)
@@ -78,7 +83,8 @@ def _fresh(
     recipe = Recipe(
         activation=config.activation,
         k=config.k if config.activation in ("topk", "batch_topk") else None,
-        apply_b_dec_to_input=True,
+        apply_b_dec_to_input=parts == 1,
+        norm_aware=parts > 1,
         input_scale=scale,
         output_scale=1 / scale,
         **origin,
