@@ -220,7 +220,6 @@ def cka_matrix(
     memory_budget: int,
     progress: Callable[[int], None] | None,
 ) -> tuple[npt.NDArray[np.float64], list[int]]: ...
-
 def minibatch_cka(
     xs: list[tuple[str, Any]],
     ys: list[tuple[str, Any]] | None,

@@ -99,7 +99,7 @@ def rbf_cka(
         >>> round(rbf_cka(x, 3 * x + 1), 4)
         1.0
     """
-    pair = [("x", tensors.core_source(x, "x")), ("y", tensors.core_source(y, "y"))]
+    pair = ("x", tensors.core_source(x, "x")), ("y", tensors.core_source(y, "y"))
     values, undefined = _core.rbf_cka(*pair, sigma, debiased, memory_budget)
     if undefined:
         warn_undefined("RBF CKA", _NOT_POSITIVE, [pair[i][0] for i in undefined])
@@ -148,7 +148,7 @@ def cka_interval(
     """
     if not 0 < level < 1:
         raise ShapeError(f"level: expected a probability between 0 and 1, found {level}")
-    pair = [("x", tensors.core_source(x, "x")), ("y", tensors.core_source(y, "y"))]
+    pair = ("x", tensors.core_source(x, "x")), ("y", tensors.core_source(y, "y"))
     codes = (
         None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.uint32)
     )
