@@ -383,6 +383,13 @@ def test_nothing_there_unknown_format_and_wrong_format_are_told_apart(tmp_path):
         dictionary(**RECIPES["topk"]).save_to_disk(tmp_path, "keras")
 
 
+def test_folder_of_dictionaries_names_what_is_inside(tmp_path):
+    for layer in (3, 4):
+        dictionary(**RECIPES["topk"]).save_to_disk(tmp_path / f"layers.{layer}", "sparsify")
+    with pytest.raises(CheckpointError, match=r"found the folders layers\.3, layers\.4\. Pass one of them"):
+        mt.SAE.load_from_disk(tmp_path)
+
+
 def test_two_dictionaries_in_one_folder_are_not_chosen_between(tmp_path):
     for name in ("layer_3", "layer_4"):
         shutil.copy(

@@ -282,14 +282,13 @@ class SAE:
         rows = self._rows(x).detach()
         with torch.no_grad():
             codes = self.encode_torch(rows)
-            error = (
-                (rows.double() - forward.decode_dense(codes, self.tensors, self.recipe, rows).double())
-                if (self.d_in == self.d_out)
-                else None
-            )
+            x_hat = forward.decode_dense(codes, self.tensors, self.recipe, rows)
+        l0 = float((codes > 0).sum() / len(rows))
+        if self.d_in != self.d_out:  # a transcoder writes something else than its rows
+            return {"l0": l0, "fvu": float("nan")}
         spread = (rows.double() - rows.double().mean(0)).square().sum()
-        fvu = float("nan") if error is None or spread == 0 else float(error.square().sum() / spread)
-        return {"l0": float((codes > 0).sum() / len(rows)), "fvu": fvu}
+        error = (rows.double() - x_hat.double()).square().sum()
+        return {"l0": l0, "fvu": float(error / spread) if spread > 0 else float("nan")}
 
     def self_check(self) -> dict[str, float]:
         """L0 and FVU of the probe rows, checked against what the file says they were.

@@ -98,8 +98,10 @@ def checkpoints(path: Path) -> Iterator[Checkpoint]:
             yield Checkpoint(file, _configs(folder))
         if files:
             return
+    inside = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+    found = f"the folders {', '.join(inside[:8])}. Pass one of them" if inside else "none"
     raise CheckpointError(
-        f"no weights in {path}: expected a file ending in {', '.join(_WEIGHTS)}, found none"
+        f"no weights in {path}: expected a file ending in {', '.join(_WEIGHTS)}, found {found}"
     )
 
 
