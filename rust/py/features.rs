@@ -1,5 +1,7 @@
 //! Feature statistics, top samples and FVU: states that take rows block by block, and give one result.
 
+#![allow(clippy::needless_pass_by_value)] // PyO3 hands arguments over by value
+
 use std::sync::{Mutex, PoisonError};
 
 use microtome_core::kernels::moments::Moments;

@@ -16,7 +16,7 @@ fn total(lanes: [f64; LANES]) -> f64 {
     (pairs[0] + pairs[2]) + (pairs[1] + pairs[3])
 }
 
-/// Σ_j (a_j − b_j)² with `b_j` given by a function of the column.
+/// `Σ_j (a_j − b_j)²` with `b_j` given by a function of the column.
 fn squared_distance<A: Element>(a: &[A], b: impl Fn(usize) -> f64) -> f64 {
     let mut lanes = [0.0; LANES];
     let (chunks, rest) = a.as_chunks::<LANES>();
@@ -34,8 +34,8 @@ fn squared_distance<A: Element>(a: &[A], b: impl Fn(usize) -> f64) -> f64 {
     total(lanes)
 }
 
-/// The first row x_0, and the mean of the rows relative to it, Σ (x − x_0) / n. The latter is exactly zero where rows
-/// are equal, and keeps its digits where they are far from zero.
+/// The first row `x_0`, and the mean of the rows relative to it, `Σ (x − x_0) / n`. The latter is exactly zero where
+/// rows are equal, and keeps its digits where they are far from zero.
 pub fn shifted_mean(rows: Rows<'_>) -> (Vec<f64>, Vec<f64>) {
     let (n, d) = (rows.n() as f64, rows.d());
     let mut offset = vec![0.0; d];
@@ -48,7 +48,9 @@ pub fn shifted_mean(rows: Rows<'_>) -> (Vec<f64>, Vec<f64>) {
         }
         first
     });
-    offset.iter_mut().for_each(|s| *s /= n);
+    for s in &mut offset {
+        *s /= n;
+    }
     (first, offset)
 }
 
@@ -70,7 +72,7 @@ pub fn squared_error(x: Rows<'_>, y: Rows<'_>) -> f64 {
     with_elements!(x.data(), a => with_elements!(y.data(), b => typed(a, b, x.d())))
 }
 
-/// A decoder: x̂ = Σ_f h_f W_dec\[f\] + b_dec.
+/// A decoder: `x̂ = Σ_f h_f W_dec[f] + b_dec`.
 #[derive(Clone, Copy, Debug)]
 pub struct Decoder<'a> {
     /// `(d_sae, d_in)`.

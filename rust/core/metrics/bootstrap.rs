@@ -1,6 +1,6 @@
 //! Cluster bootstrap of the gap between two firing frequencies, for every feature.
 //!
-//! Δp_f = fires_f(A) / n(A) − fires_f(B) / n(B). Tokens of one image or sample are not independent, so whole clusters
+//! `Δp_f = fires_f(A) / n(A) − fires_f(B) / n(B)`. Tokens of one image or sample are not independent, so whole clusters
 //! are drawn with replacement, as many as there are, and the gap is taken again; the interval runs between percentiles
 //! of the replicates (Efron and Tibshirani 1993, chapter 13). Sets that share their clusters are drawn together.
 //!

@@ -1,7 +1,7 @@
-//! Fraction of variance unexplained: FVU = Σ_t ‖x_t − x̂_t‖² / Σ_t ‖x_t − x̄‖², sum over sum.
+//! Fraction of variance unexplained: `FVU = Σ_t ‖x_t − x̂_t‖² / Σ_t ‖x_t − x̄‖²`, sum over sum.
 //!
 //! Each block is centred on its own mean while it is in cache, and blocks are joined by Chan's rule
-//! M₂ = M₂ᵃ + M₂ᵇ + ‖x̄ᵃ − x̄ᵇ‖² nₐ n_b / (nₐ + n_b), so no digits are lost where the mean is far larger than the spread.
+//! `M₂ = M₂ᵃ + M₂ᵇ + ‖x̄ᵃ − x̄ᵇ‖² nₐ n_b / (nₐ + n_b)`, so no digits are lost where the mean is far larger than the spread.
 //! Chan, Golub, `LeVeque` 1983, "Algorithms for computing the sample variance".
 
 use super::Fold;
