@@ -3,6 +3,12 @@
 //!
 //! Sums run over eight lanes that are added in a fixed order at the end of a row. The compiler turns lanes into vector
 //! registers of whatever width the machine has, and the bits stay the same.
+//!
+//! Decoding is bound by memory: k rows of the decoder, anywhere in an array larger than the caches, for each row. While
+//! one is added the next is fetched.
+
+#![allow(unsafe_code)] // prefetch, and one dispatch by instruction set; each block has its reason
+#![allow(clippy::inline_always)] // a body takes the instruction set of the function that it is inlined into
 
 use crate::codes::Codes;
 use crate::dtype::Element;
@@ -17,6 +23,7 @@ fn total(lanes: [f64; LANES]) -> f64 {
 }
 
 /// `Σ_j (a_j − b_j)²` with `b_j` given by a function of the column.
+#[inline(always)]
 fn squared_distance<A: Element>(a: &[A], b: impl Fn(usize) -> f64) -> f64 {
     let mut lanes = [0.0; LANES];
     let (chunks, rest) = a.as_chunks::<LANES>();
@@ -81,31 +88,41 @@ pub struct Decoder<'a> {
     pub bias: Option<&'a [f32]>,
 }
 
-impl Decoder<'_> {
-    /// Writes x̂ of one row of codes into `out`, in f64. `false` at a feature outside the dictionary.
-    #[must_use]
-    pub fn decode(&self, indices: &[u32], values: &[f32], out: &mut [f64]) -> bool {
-        match self.bias {
-            Some(bias) => out.iter_mut().zip(bias).for_each(|(o, &b)| *o = f64::from(b)),
-            None => out.fill(0.0),
-        }
-        with_elements!(self.weights.data(), w => add_rows(w, indices, values, out))
-    }
-}
-
+/// Adds `h_f W_dec[f]` over the slots of one row. `false` at a feature outside the dictionary.
+#[inline(always)]
 fn add_rows<W: Element>(weights: &[W], indices: &[u32], values: &[f32], out: &mut [f64]) -> bool {
     let d = out.len();
-    for (&index, &h) in indices.iter().zip(values) {
+    let row_of = |slot: usize| {
+        let first = *indices.get(slot)? as usize * d;
+        weights.get(first..first + d)
+    };
+    for (slot, &h) in values.iter().enumerate() {
+        if let Some(next) = row_of(slot + 1) {
+            prefetch(next);
+        }
         if h == 0.0 {
             continue;
         }
-        let Some(row) = weights.get(index as usize * d..(index as usize + 1) * d) else { return false };
+        let Some(row) = row_of(slot) else { return false };
         let h = f64::from(h);
         for (o, w) in out.iter_mut().zip(row) {
             *o += h * f64::from(w.widen());
         }
     }
     true
+}
+
+/// Asks for the cache lines of `row`.
+#[inline(always)]
+fn prefetch<W>(row: &[W]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in row.chunks(64 / size_of::<W>()) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing that the program can see, and the address lies within `row`.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
 }
 
 /// Σ ‖x − x̂‖² over the rows, where row `r` of `x` is decoded from row `first_row + r` of `codes`. `None` at a feature
@@ -116,14 +133,61 @@ pub fn reconstruction_error(
     first_row: usize,
     decoder: &Decoder<'_>,
 ) -> Option<f64> {
-    let mut x_hat = vec![0.0; x.d()];
+    with_elements!(x.data(), x_data => with_elements!(decoder.weights.data(), weights => {
+        error_of(x_data, weights, codes, first_row, decoder.bias, x.d())
+    }))
+}
+
+fn error_of<X: Element, W: Element>(
+    x: &[X],
+    weights: &[W],
+    codes: &Codes<'_>,
+    first_row: usize,
+    bias: Option<&[f32]>,
+    d: usize,
+) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        #[target_feature(enable = "avx2")]
+        fn wide<X: Element, W: Element>(
+            x: &[X],
+            weights: &[W],
+            codes: &Codes<'_>,
+            first_row: usize,
+            bias: Option<&[f32]>,
+            d: usize,
+        ) -> Option<f64> {
+            error_by_rows(x, weights, codes, first_row, bias, d)
+        }
+        // SAFETY: the processor has AVX2.
+        return unsafe { wide(x, weights, codes, first_row, bias, d) };
+    }
+    error_by_rows(x, weights, codes, first_row, bias, d)
+}
+
+/// One source for every instruction set: no operation is reordered or fused, so neither are the bits.
+#[inline(always)]
+fn error_by_rows<X: Element, W: Element>(
+    x: &[X],
+    weights: &[W],
+    codes: &Codes<'_>,
+    first_row: usize,
+    bias: Option<&[f32]>,
+    d: usize,
+) -> Option<f64> {
+    let mut x_hat = vec![0.0; d];
     let mut sum = 0.0;
-    for r in 0..x.n() {
+    for (r, row) in x.chunks_exact(d).enumerate() {
+        match bias {
+            Some(bias) => x_hat.iter_mut().zip(bias).for_each(|(o, &b)| *o = f64::from(b)),
+            None => x_hat.fill(0.0),
+        }
         let (indices, values) = codes.row(first_row + r);
-        if !decoder.decode(indices, values, &mut x_hat) {
+        if !add_rows(weights, indices, values, &mut x_hat) {
             return None;
         }
-        sum += with_elements!(x.slice(r..r + 1).data(), row => squared_distance(row, |j| x_hat[j]));
+        let x_hat = &x_hat[..row.len()];
+        sum += squared_distance(row, |j| x_hat[j]);
     }
     Some(sum)
 }
