@@ -324,3 +324,29 @@ def test_estimate_counts_the_forwards_that_run():
     assert (cost.forwards, cost.backwards) == (2 * 7, 2 * 5)
     assert cost.seconds > 0
     assert cost.bytes_scores == 4 * mt.attribute(built.model, pairs).shape.size("heads") * (4 + 128) // 4
+
+
+@pytest.mark.parametrize("budget", ["1GiB", "4GiB"])
+def test_plan_of_a_28_layer_model_at_a_thousand_image_tokens_keeps_within_the_budget(budget):
+    """Sizes of Qwen2-VL-7B in bfloat16; the plan covers every layer and position exactly once."""
+    from types import SimpleNamespace
+
+    from microtome.circuits.plan import parse_bytes, plan_run
+    from microtome.circuits.settings import Settings
+
+    sizes = {"n_layers": 28, "d_model": 3584, "n_heads": 28, "d_head": 128, "d_mlp": 18944}
+    model = SimpleNamespace(parameters=lambda: iter([torch.zeros(1, dtype=torch.bfloat16)]))
+    adapter = SimpleNamespace(**sizes, model=model, attn_implementation="sdpa")
+    positions = 1100
+
+    class Pairs(list):
+        n_slots, align = positions, "absolute"
+
+    settings = Settings("ig", 5, "merged", "abs_sum", False)
+    plan = plan_run(adapter, Pairs([SimpleNamespace(length=positions)]), settings, 8, parse_bytes(budget))
+    assert plan.bytes_needed <= parse_bytes(budget)
+    covered = np.zeros((28, positions), int)
+    for tile in plan.tiles:
+        covered[tile.layers.start : tile.layers.stop, tile.positions] += 1
+    assert (covered == 1).all()
+    assert len(plan.tiles) <= (14 if budget == "1GiB" else 2), plan

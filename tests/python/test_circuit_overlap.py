@@ -156,6 +156,8 @@ def test_interchange_is_normalised_between_random_and_original():
     assert one.normalised == pytest.approx((0.8 - 0.3) / (1 - 0.3))
     low, high = one.interval(200)
     assert low <= one.normalised <= high
+    same = Interchange("query", *((x, x) for x in (sides[0], sides[0], sides[0][None])))
+    assert np.isnan([same.normalised, *same.interval(20)]).all(), "nothing to tell apart"
 
 
 def test_interchange_between_an_image_and_a_text_of_other_length():

@@ -85,7 +85,10 @@ class Interchange:
             swapped = tuple(x[r] for x, r in zip(self.swapped, rows, strict=True))
             random = tuple(x[d][:, r] for x, d, r in zip(self.random, draws, rows, strict=True))
             found[i] = _normalised(original, swapped, random)
-        low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+        finite = found[np.isfinite(found)]
+        if not len(finite):
+            return float("nan"), float("nan")
+        low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
 
