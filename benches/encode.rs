@@ -1,6 +1,7 @@
 //! Top-K encode of one block, per instruction path and screen.
 //!
 //! `cargo bench --bench encode`; rows per second count, ratios between the lines are what is stable.
+#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64};

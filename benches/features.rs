@@ -1,4 +1,5 @@
 //! Feature statistics, top samples and FVU from codes: nanoseconds per slot at the sizes of real dictionaries.
+#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64};

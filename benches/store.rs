@@ -1,6 +1,7 @@
 //! Scan of a store with checksums against a plain read of the same bytes, and against the same scan unchecked.
 //!
 //! All three touch every byte in the page cache on one thread; the ratio between them is the figure.
+#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::hint::black_box;
 use std::path::Path;

@@ -1,4 +1,5 @@
 //! The encoder against its definition in f64, on every instruction set of this processor.
+#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 

@@ -1,4 +1,5 @@
 //! Feature statistics, top samples and FVU: equal to their definitions, for any thread count and any way to cut the rows.
+#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64};

@@ -1,4 +1,5 @@
 //! `microtome._core`: registration only. One file per Python submodule; every computation goes through [`run::run`].
+#![allow(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
 
 mod arrays;
 mod circuit;
