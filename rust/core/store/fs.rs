@@ -269,18 +269,13 @@ pub fn io_error<'a>(op: &'static str, path: &'a Path) -> impl FnOnce(io::Error) 
 /// Aborts the process at the named point when `MICROTOME_FAIL_AT=name:count` asks for it.
 #[cfg(feature = "failpoints")]
 pub fn failpoint(name: &str) {
-    use std::sync::OnceLock;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    static WANTED: OnceLock<Option<(String, usize)>> = OnceLock::new();
     static SEEN: AtomicUsize = AtomicUsize::new(0);
-    let wanted = WANTED.get_or_init(|| {
-        let text = std::env::var("MICROTOME_FAIL_AT").ok()?;
-        let (name, count) = text.split_once(':')?;
-        Some((name.to_owned(), count.parse().ok()?))
-    });
-    if let Some((wanted, count)) = wanted
-        && wanted == name
-        && SEEN.fetch_add(1, Ordering::Relaxed) + 1 == *count
+    // Read at every point, for a forked child gets its own wish.
+    let wanted = std::env::var("MICROTOME_FAIL_AT").unwrap_or_default();
+    if let Some((point, count)) = wanted.split_once(':')
+        && point == name
+        && count.parse() == Ok(SEEN.fetch_add(1, Ordering::Relaxed) + 1)
     {
         std::process::abort();
     }
