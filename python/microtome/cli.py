@@ -275,6 +275,9 @@ def circuit(
     memory: Annotated[
         str | None, typer.Option(help="Memory budget of attribution, e.g. 4GiB.", show_default=False)
     ] = None,
+    align: Annotated[
+        str, typer.Option(help="absolute for one template, spans for natural prompts of any length.")
+    ] = "absolute",
     batch_size: Annotated[int, typer.Option(help="Pairs per forward.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of splits and draws.")] = 42,
     progress: Progress = True,
@@ -298,7 +301,7 @@ def circuit(
         "batch_size": batch_size,
         "seed": seed,
     } | ({"sizes": sizes_of} if sizes_of else {})
-    tables = study(model, tasks, out, pairs, options, progress=progress)
+    tables = study(model, tasks, out, pairs, options, align=align, progress=progress)  # type: ignore[arg-type]
     from microtome.report.circuits import write_figures
 
     for row in tables["sizes"].iter_rows(named=True):

@@ -79,3 +79,51 @@ def test_study_refuses_what_it_cannot_do(tmp_path):
         write_figures(tmp_path)
     with pytest.raises(ShapeError, match="both forms"):
         shared_more_in_generation(Study().tables)
+
+
+def test_command_line_runs_the_study_on_files_of_pairs(tmp_path):
+    from typer.testing import CliRunner
+
+    from microtome.cli import app
+    from microtome.evaluation.tasks import Prompt, PromptPair, save_pairs
+
+    def prompt(item):
+        path = tmp_path / f"{item.id}.png"
+        if item.image is not None:
+            item.image.save(path)
+        return Prompt(
+            item.prompt, item.answer, str(path) if item.image else None, item.id, item.task, item.form
+        )
+
+    for form in ("visual", "textual"):
+        pairs = organism.pairs("arithmetic", form, 8)
+        rows = [
+            PromptPair(
+                prompt(p.clean),
+                prompt(p.corrupted),
+                p.answer,
+                p.corrupted_answer,
+                {"data": list(p.spans["data"])},
+            )
+            for p in pairs
+        ]
+        save_pairs(rows, tmp_path / f"{form}.jsonl")
+    arguments = [
+        "circuit",
+        str(organism.path("vlm")),
+        "--out",
+        str(tmp_path / "out"),
+        "--sizes",
+        "0.1,0.5",
+        "--steps",
+        "2",
+    ]
+    for form in ("visual", "textual"):
+        arguments += ["--tasks", str(tmp_path / f"{form}.jsonl")]
+    found = CliRunner().invoke(
+        app, [*arguments, "--random", "2", "--windows", "", "--exact", "0", "--no-progress"]
+    )
+    assert found.exit_code == 0, found.output
+    assert "arithmetic" in found.output
+    assert pl.read_parquet(tmp_path / "out" / "shared.parquet")["generation_above_data"].len() > 0
+    assert (tmp_path / "out" / "figures" / "overlap.png").exists()

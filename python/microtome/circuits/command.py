@@ -9,11 +9,11 @@ from typing import Any
 
 import polars as pl
 
-from microtome.circuits.pairs import PairSet, prepare
+from microtome.capture.data import load_model
+from microtome.circuits.pairs import Align, PairSet, prepare
 from microtome.circuits.study import FORMS, Options, run, shared_more_in_generation, tasks_of
 from microtome.errors import ShapeError
-from microtome.evaluation.tasks import load_pairs
-from microtome.tensors import extra
+from microtome.evaluation.tasks import PromptPair, counterfactual_pairs, load_pairs, load_prompts
 
 __all__ = ["study"]
 
@@ -25,6 +25,7 @@ def study(
     n_pairs: int,
     options: Mapping[str, Any],
     *,
+    align: Align = "absolute",
     progress: bool = True,
 ) -> dict[str, pl.DataFrame]:
     """Load, prepare, run; the study's tables, ``shared`` besides where a task has two forms.
@@ -37,7 +38,7 @@ def study(
     else:
         if not tasks:
             raise ShapeError("tasks: expected files of pairs, found none. Give --tasks pairs.jsonl")
-        loaded, prepared = _from_files(model, tasks)
+        loaded, prepared = _from_files(model, tasks, align)
     found = run(loaded, prepared, out, Options(**options), progress=progress)
     if "overlap" in found.tables:
         found.tables["shared"] = shared_more_in_generation(found.tables)
@@ -64,13 +65,21 @@ def _organism(tasks: Sequence[str] | None, n: int, seed: int) -> tuple[Any, dict
     return model, out
 
 
-def _from_files(name: str, files: Sequence[str]) -> tuple[Any, dict[str, dict[str, PairSet]]]:
-    transformers = extra("transformers", "models")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
-    processor = transformers.AutoProcessor.from_pretrained(name)
-    pairs = [pair for file in files for pair in load_pairs(file)]
+def _from_files(name: str, files: Sequence[str], align: Align) -> tuple[Any, dict[str, dict[str, PairSet]]]:
+    model, processor = load_model(name)
+    pairs = [pair for file in files for pair in _pairs(Path(file))]
     prepared = {
-        task: {form: prepare(model, processor, found, on_invalid="drop") for form, found in forms.items()}
+        task: {
+            form: prepare(model, processor, found, align=align, on_invalid="drop")
+            for form, found in forms.items()
+        }
         for task, forms in tasks_of(pairs).items()
     }
     return model, prepared
+
+
+def _pairs(path: Path) -> list[PromptPair]:
+    """The pairs of a file; prompts without counterfactuals are paired at random."""
+    with path.open(encoding="utf-8") as file:
+        paired = '"clean"' in file.readline()
+    return load_pairs(path) if paired else counterfactual_pairs(load_prompts(path))
