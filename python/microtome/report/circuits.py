@@ -127,13 +127,18 @@ def alignment_lines(table: pl.DataFrame) -> Figure:
 
 
 def effect_maps(table: pl.DataFrame, title: str) -> Figure:
-    """Patching effect over layer and position, one panel per form, group borders marked."""
+    """Patching effect over layer and position, one panel per form, group borders marked.
+
+    Colours follow the effect to the power 0.4: the last position would hide all others on a linear scale.
+    """
+    from matplotlib.colors import PowerNorm
+
     forms = table["form"].unique(maintain_order=True).to_list()
     figure, axes = canvas(width=4.6 * len(forms), columns=len(forms), squeeze=False)
     for panel, form in zip(axes[0], forms, strict=True):
         part = table.filter(pl.col("form") == form)
         values = part.pivot("position", index="layer", values="effect").sort("layer").drop("layer").to_numpy()
-        panel.imshow(values, aspect="auto", origin="lower", cmap="magma")
+        panel.imshow(values, aspect="auto", origin="lower", cmap="magma", norm=PowerNorm(0.4))
         groups = part.filter(pl.col("layer") == 0).sort("position")["group"].to_list()
         starts = [i for i, g in enumerate(groups) if i == 0 or g != groups[i - 1]]
         panel.set_xticks(starts, [groups[i] for i in starts], rotation=45, ha="right")
