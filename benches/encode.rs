@@ -49,7 +49,7 @@ fn encode(c: &mut Criterion) {
                 let mut space = Space::default();
                 group.bench_function(format!("{}/{certificate:?}/{d}x{f}", isa.path().name()), |b| {
                     b.iter(|| {
-                        dictionary.select(black_box(&x), Wanted::Best { k, positive: true }, &mut space)
+                        dictionary.select(black_box(&x), Wanted::Best { k, positive: true }, &mut space);
                     });
                 });
             }
@@ -61,7 +61,7 @@ fn decode(c: &mut Criterion) {
     let (n, k, d, f) = (1024, 32, 1024, 16_384);
     let w = noise(f * d, 3);
     let indices: Vec<u32> = (0..n * k).map(|i| (i * 7919 % f) as u32).collect();
-    let indptr: Vec<i64> = (0..=n).map(|i| (i * k) as i64).collect();
+    let indptr: Vec<i64> = (0..=n as i64).map(|i| i * k as i64).collect();
     let values = vec![0.5; n * k];
     let codes = CsrCodes { indptr: &indptr, indices: &indices, values: &values };
     let rows = Rows::new(Data::F32(&w), d).expect("whole rows");

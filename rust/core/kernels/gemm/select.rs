@@ -21,6 +21,10 @@ use crate::kernels::topk::{Candidate, keep_best, promising_first};
 
 /// Bytes of panels that stay in the second-level cache while the strips pass.
 const GROUP_BYTES: usize = 256 << 10;
+/// Bytes of rows that stay in the second-level cache while they are scored.
+const ROWS_BYTES: usize = 640 << 10;
+/// Bytes of features that stay in the third-level cache while all rows are scored against them.
+const FEATURES_BYTES: usize = 4 << 20;
 /// Features of the first range; each further one ends four times as far.
 const FIRST_RANGE: usize = 512;
 /// Space of a row, in candidates per member wanted.
@@ -113,7 +117,7 @@ struct Bench {
 struct Pairs {
     listed: Vec<(u32, u32)>,
     starts: Vec<u32>,
-    /// Row and feature of every pair, by feature.
+    /// Row and feature of every pair, in order.
     rows: Vec<u32>,
     features: Vec<u32>,
     products: Vec<f64>,
@@ -398,7 +402,7 @@ impl Pass<'_> {
     /// Scores the listed pairs, feature by feature.
     fn score_listed(&mut self) {
         let (dictionary, pairs) = (self.dictionary, &mut self.bench.pairs);
-        pairs.sort_by_feature(dictionary.n_features);
+        pairs.sort(dictionary.n_features, self.found.len(), 4 * dictionary.plan.d());
         let mut start = 0;
         while start < pairs.rows.len() {
             let (feature, end) = pairs.group(start);
@@ -456,26 +460,35 @@ impl Pass<'_> {
 }
 
 impl Pairs {
-    /// The feature of the pair at `start`, and where the pairs of that feature end.
+    /// The feature of the pair at `start`, and where its run of pairs of that feature ends.
     fn group(&self, start: usize) -> (usize, usize) {
-        let feature = self.features[start] as usize;
-        (feature, self.starts[feature + 1] as usize)
+        let feature = self.features[start];
+        let len = self.features[start..].iter().take_while(|&&f| f == feature).count();
+        (feature as usize, start + len)
     }
 
-    /// Counting sort: `rows[starts[j]..starts[j + 1]]` are the rows listed with feature `j`, in the order of listing.
-    fn sort_by_feature(&mut self, n_features: usize) {
+    /// Counting sort of what is listed by (range of features, range of rows, feature): the rows of a range stay in the
+    /// second-level cache while a range of features passes, which stays in the third while all rows pass.
+    fn sort(&mut self, n_features: usize, n_rows: usize, row_bytes: usize) {
+        let tall = (ROWS_BYTES / row_bytes).max(ROWS);
+        let wide = (FEATURES_BYTES / row_bytes).max(COLS);
+        let stacks = n_rows.div_ceil(tall);
+        let key = |feature: u32, row: u32| {
+            let (feature, row) = (feature as usize, row as usize);
+            (feature / wide * stacks + row / tall) * wide + feature % wide
+        };
         self.starts.clear();
-        self.starts.resize(n_features + 2, 0);
-        for &(feature, _) in &self.listed {
-            self.starts[feature as usize + 2] += 1;
+        self.starts.resize(n_features.div_ceil(wide) * stacks * wide + 1, 0);
+        for &(feature, row) in &self.listed {
+            self.starts[key(feature, row) + 1] += 1;
         }
-        for j in 2..self.starts.len() {
+        for j in 1..self.starts.len() {
             self.starts[j] += self.starts[j - 1];
         }
         self.rows.resize(self.listed.len(), 0);
         self.features.resize(self.listed.len(), 0);
         for &(feature, row) in &self.listed {
-            let place = &mut self.starts[feature as usize + 1];
+            let place = &mut self.starts[key(feature, row)];
             self.rows[*place as usize] = row;
             self.features[*place as usize] = feature;
             *place += 1;
