@@ -18,7 +18,8 @@ fn with_context<T>(work: impl FnOnce(&Context<'_>) -> T) -> T {
 
 /// Features whose score in f64 is best, ties to the lower feature: the definition.
 fn best(x: &[f32], features: &[f32], k: usize, positive: bool) -> Vec<u32> {
-    let product = |w: &[f32]| -> f64 { x.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
+    // Zero has one sign here: a sum of nothing but negative zeros ties with zero.
+    let product = |w: &[f32]| x.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() + 0.0;
     let scores: Vec<f64> = features.chunks(x.len()).map(product).collect();
     let mut order: Vec<u32> =
         (0..scores.len() as u32).filter(|&j| !positive || scores[j as usize] > 0.0).collect();
@@ -77,6 +78,15 @@ proptest! {
 fn many_features_pass_through_all_ranges() {
     let (d, f) = (48, 5000);
     check(&noise(40 * d, 3), &noise(f * d, 4), d, 20);
+}
+
+#[test]
+fn wide_rows_are_bounded_twice_and_stay_exact() {
+    let (d, f) = (1024, 3000);
+    let mut x = noise(20 * d, 15);
+    x[d..2 * d].fill(0.0);
+    x[2 * d..3 * d].iter_mut().for_each(|v| *v *= 3e37);
+    check(&x, &noise(f * d, 16), d, 12);
 }
 
 #[test]

@@ -9,8 +9,8 @@ use std::arch::x86_64::{
     __m512, __m512bh, __m512d, __m512i, _CMP_NLT_UQ, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_ps,
     _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps,
     _mm512_cvtps_pd, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps,
-    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_pd,
-    _mm512_setzero_si512, _mm512_storeu_pd, _mm512_storeu_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_pd, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_pd, _mm512_storeu_ps,
 };
 
 use super::dot::{Group, LANES, add_rest, pairwise};
@@ -89,7 +89,7 @@ const ABREAST: usize = 4;
 /// # Safety
 /// The processor has the target features of this function.
 #[target_feature(enable = "avx512f")]
-pub unsafe fn dots_of(group: Group<'_>, x: &[f32], products: &mut [f64]) {
+pub unsafe fn dots_of(group: Group<'_, f32>, x: &[f32], products: &mut [f64]) {
     let d = group.w.len();
     let row = |r: u32| &x[r as usize * d..(r as usize + 1) * d];
     let mut done = 0;
@@ -124,7 +124,8 @@ fn dots<const N: usize>(w: &[f32], next: &[f32], x: [&[f32]; N], ahead: [&[f32];
     let next = &next.as_chunks::<LANES>().0[..w_steps.len()];
     for (step, w) in w_steps.iter().enumerate() {
         fetch(&next[step]);
-        let w: [__m512d; LANES / 8] = std::array::from_fn(|q| widen(&w.as_chunks::<8>().0[q]));
+        let quarters = w.as_chunks::<8>().0;
+        let w = [widen(&quarters[0]), widen(&quarters[1]), widen(&quarters[2]), widen(&quarters[3])];
         for i in 0..N {
             let x = x_steps[i][step].as_chunks::<8>().0;
             fetch(&ahead[i][step]);
@@ -133,14 +134,73 @@ fn dots<const N: usize>(w: &[f32], next: &[f32], x: [&[f32]; N], ahead: [&[f32];
             }
         }
     }
-    std::array::from_fn(|i| {
+    let mut totals = [0.0; N];
+    for i in 0..N {
         let mut lanes = [0.0; LANES];
         for (lanes, sum) in lanes.as_chunks_mut::<8>().0.iter_mut().zip(sums[i]) {
             *lanes = spill(sum);
         }
         add_rest::<true>(&mut lanes, &x[i][w_steps.len() * LANES..], w_rest);
-        pairwise(lanes)
-    })
+        totals[i] = pairwise(lanes);
+    }
+    totals
+}
+
+/// bf16 pairs of a register.
+const PAIRS: usize = 32;
+
+/// See [`super::dot::half_dots_of`]; the width is a multiple of [`PAIRS`].
+///
+/// # Safety
+/// The processor has the target features of this function.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub unsafe fn half_dots_of(group: Group<'_, u16>, x: &[u16], products: &mut [f32]) {
+    let d = group.w.len();
+    let row = |r: u32| &x[r as usize * d..(r as usize + 1) * d];
+    let mut done = 0;
+    while done < group.len {
+        let count = ABREAST.min(group.len - done);
+        let next = if done + count == group.len { group.next } else { group.w };
+        let rows: [&[u16]; ABREAST] = std::array::from_fn(|i| row(group.rows[done + i.min(count - 1)]));
+        let ahead: [&[u16]; ABREAST] =
+            std::array::from_fn(|i| group.rows.get(done + count + i).map_or(rows[0], |&r| row(r)));
+        let out = &mut products[done..done + count];
+        match count {
+            1 => out.copy_from_slice(&half_dots(group.w, next, [rows[0]], [ahead[0]])),
+            2 => out.copy_from_slice(&half_dots(group.w, next, [rows[0], rows[1]], [ahead[0], ahead[1]])),
+            _ => out.copy_from_slice(&half_dots(group.w, next, rows, ahead)[..count]),
+        }
+        done += count;
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn half_dots<const N: usize>(w: &[u16], next: &[u16], x: [&[u16]; N], ahead: [&[u16]; N]) -> [f32; N] {
+    let mut sums = [_mm512_setzero_ps(); N];
+    let w_steps = w.as_chunks::<PAIRS>().0;
+    let next = &next.as_chunks::<PAIRS>().0[..w_steps.len()];
+    let x = x.map(|x| &x.as_chunks::<PAIRS>().0[..w_steps.len()]);
+    let ahead = ahead.map(|a| &a.as_chunks::<PAIRS>().0[..w_steps.len()]);
+    for (step, w) in w_steps.iter().enumerate() {
+        fetch_line(&next[step]);
+        let w = load_pairs(w);
+        for i in 0..N {
+            fetch_line(&ahead[i][step]);
+            sums[i] = _mm512_dpbf16_ps(sums[i], load_pairs(&x[i][step]), w);
+        }
+    }
+    let mut totals = [0.0; N];
+    for (total, sum) in totals.iter_mut().zip(sums) {
+        *total = _mm512_reduce_add_ps(sum);
+    }
+    totals
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_pairs(from: &[u16; PAIRS]) -> __m512bh {
+    // SAFETY: `from` is 64 readable bytes; the load has no alignment of its own.
+    pairs(unsafe { _mm512_loadu_si512(from.as_ptr().cast()) })
 }
 
 #[inline]
@@ -164,11 +224,17 @@ fn spill(from: __m512d) -> [f64; 8] {
 #[target_feature(enable = "avx512f")]
 fn fetch(step: &[f32; LANES]) {
     for line in step.as_chunks::<16>().0 {
-        // SAFETY: a prefetch reads nothing and cannot fault. Newer compilers know that and ask for no block.
-        #[allow(unused_unsafe, clippy::semicolon_if_nothing_returned)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
-        }
+        fetch_line(line);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch_line<T>(line: &T) {
+    // SAFETY: a prefetch reads nothing and cannot fault. Newer compilers know that and ask for no block.
+    #[allow(unused_unsafe, clippy::semicolon_if_nothing_returned)]
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast());
     }
 }
 

@@ -55,11 +55,11 @@ per_isa! {
 
 /// Pairs of one feature with some rows, in a list of such pairs.
 #[derive(Clone, Copy, Debug)]
-pub struct Group<'a> {
+pub struct Group<'a, T> {
     /// The feature.
-    pub w: &'a [f32],
+    pub w: &'a [T],
     /// The feature of the next group, worth fetching.
-    pub next: &'a [f32],
+    pub next: &'a [T],
     /// Rows of this group's pairs, then rows of later pairs, worth fetching.
     pub rows: &'a [u32],
     /// Pairs of this group.
@@ -67,7 +67,7 @@ pub struct Group<'a> {
 }
 
 #[inline(always)]
-fn dots_of_body<const FUSED: bool>(group: Group<'_>, x: &[f32], products: &mut [f64]) {
+fn dots_of_body<const FUSED: bool>(group: Group<'_, f32>, x: &[f32], products: &mut [f64]) {
     let d = group.w.len();
     for (&row, product) in group.rows[..group.len].iter().zip(products) {
         let start = row as usize * d;
@@ -76,11 +76,11 @@ fn dots_of_body<const FUSED: bool>(group: Group<'_>, x: &[f32], products: &mut [
 }
 
 per_isa! {
-    fn dots_of_any(group: Group<'_>, x: &[f32], products: &mut [f64]) = dots_of_body;
+    fn dots_of_any(group: Group<'_, f32>, x: &[f32], products: &mut [f64]) = dots_of_body;
 }
 
 /// [`dot`] of a feature with each row of its group; `x` holds all rows, row-major.
-pub fn dots_of(isa: Isa, group: Group<'_>, x: &[f32], products: &mut [f64]) {
+pub fn dots_of(isa: Isa, group: Group<'_, f32>, x: &[f32], products: &mut [f64]) {
     match isa.path() {
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
@@ -90,6 +90,26 @@ pub fn dots_of(isa: Isa, group: Group<'_>, x: &[f32], products: &mut [f64]) {
         },
         _ => dots_of_any(isa, group, x, products),
     }
+}
+
+/// f32 sums of bf16 products of a feature with each row of its group; only where [`super::pack`] keeps halves.
+pub fn half_dots_of(isa: Isa, group: Group<'_, u16>, x: &[u16], products: &mut [f32]) {
+    match isa.path() {
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        // SAFETY: an `Isa` exists only for a path whose features the processor was asked for.
+        Path::Avx512Bf16 => unsafe { super::avx512::half_dots_of(group, x, products) },
+        _ => {
+            for (product, &row) in products.iter_mut().zip(group.rows) {
+                let x = &x[row as usize * group.w.len()..][..group.w.len()];
+                *product = x.iter().zip(group.w).map(|(a, b)| from_half(*a) * from_half(*b)).sum();
+            }
+        }
+    }
+}
+
+fn from_half(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
 }
 
 /// Features and rows whose accumulators stay in registers.

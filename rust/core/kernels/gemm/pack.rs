@@ -35,6 +35,10 @@ const WIDEST_BYTES: usize = 65_536;
 const WIDEST_CERTAIN_BYTES: usize = 6_144;
 /// Width from which dithering bounds tighter than rounding to nearest.
 const NARROWEST_DITHERED: usize = 256;
+/// Width from which candidates of the deterministic byte screen are bounded again in bf16 before they are scored.
+const NARROWEST_REFINED: usize = 1024;
+/// Rows of larger norm may leave the range of bf16.
+const LARGEST_NORM: f64 = 1e37;
 /// Rounding of scales, products and sums in the epilogue, per unit of `|x| |w|`; see [`super::tile`].
 const EPILOGUE: f64 = 1.0 / (1_u32 << 19) as f64;
 /// The same per unit of bias.
@@ -50,6 +54,8 @@ pub struct Plan {
     certificate: Certificate,
     d: usize,
     rotation: Rotation,
+    /// The path of the second bounds, where there are any.
+    halves: Option<Isa>,
     centre: Option<Vec<f32>>,
 }
 
@@ -63,6 +69,9 @@ pub struct Panel {
     columns: Columns,
     /// Columns of the f32 screen.
     float_columns: Columns,
+    /// The features in bf16, row-major, where the plan bounds twice; and what rounding took from them.
+    halves: Vec<u16>,
+    half_residual: [f32; COLS],
     /// What is added to the inner product of each feature.
     pub(super) bias: [f64; COLS],
     /// Scores are pre-activations times this.
@@ -78,6 +87,13 @@ pub(super) struct Slack {
     norm: f64,
     residual: f64,
     bias: f64,
+}
+
+impl Halves {
+    /// As [`Slack::gap`], for a row under the second bounds.
+    pub(super) fn gap(&self, slack: Slack, row: usize) -> f64 {
+        slack.gap(self.slack[row], self.norm[row], false)
+    }
 }
 
 impl Slack {
@@ -98,6 +114,24 @@ impl Slack {
 }
 
 impl Panel {
+    /// The features in bf16.
+    pub(super) fn half(&self, c: usize, d: usize) -> &[u16] {
+        &self.halves[c * d..(c + 1) * d]
+    }
+
+    /// The second upper bound of the score of feature `c` and row `row`, from their f32 sum of bf16 products.
+    pub(super) fn refined(&self, c: usize, halves: &Halves, row: usize, sum: f32) -> f32 {
+        let columns = &self.float_columns;
+        let slack = halves.slack[row] * columns.norm[c] + halves.norm[row] * self.half_residual[c];
+        sum * columns.scale[c] + (slack + columns.bias[c])
+    }
+
+    /// The widest slack of the panel's features under the second bounds.
+    pub(super) fn largest_half_slack(&self) -> Slack {
+        let residual = self.half_residual.iter().copied().fold(0.0, f32::max).into();
+        Slack { residual, ..self.largest_slack() }
+    }
+
     /// The widest slack of the panel's features.
     pub(super) fn largest_slack(&self) -> Slack {
         let largest = |of: &[f32; COLS]| of.iter().copied().fold(0.0, f32::max).into();
@@ -139,6 +173,14 @@ pub struct Strips {
     word: Vec<u32>,
 }
 
+/// Rows in bf16 for the second bounds.
+#[derive(Debug, Default)]
+pub(super) struct Halves {
+    pub(super) x: Vec<u16>,
+    slack: Vec<f32>,
+    norm: Vec<f32>,
+}
+
 impl Plan {
     /// The fastest screen for width `d` on the processor's path.
     ///
@@ -161,7 +203,13 @@ impl Plan {
         };
         let dithers = screen == Screen::Bytes && d > NARROWEST_DITHERED;
         let certificate = if dithers { certificate } else { Certificate::Deterministic };
-        Self { isa, screen, certificate, d, rotation: Rotation::new(d), centre }
+        let refines = screen == Screen::Bytes && certificate == Certificate::Deterministic;
+        let halves = if refines && d >= NARROWEST_REFINED && d.is_multiple_of(32) {
+            Isa::new(Path::Avx512Bf16)
+        } else {
+            None
+        };
+        Self { isa, screen, certificate, d, rotation: Rotation::new(d), halves, centre }
     }
 
     /// The path taken.
@@ -172,6 +220,11 @@ impl Plan {
     /// Arithmetic of the screen.
     pub fn screen(&self) -> Screen {
         self.screen
+    }
+
+    /// The path of the second bounds, where the plan bounds twice.
+    pub(super) fn refines(&self) -> Option<Isa> {
+        self.halves
     }
 
     /// Width of rows and features.
@@ -199,6 +252,8 @@ impl Plan {
         let (mut columns, mut float_columns) = (Columns::padding(), Columns::padding());
         let (mut scratch, mut word) = (vec![0.0; self.d], vec![0; self.steps()]);
         let mut largest_norm = 0.0_f64;
+        let mut halves = vec![0; if self.halves.is_some() { rows.len() } else { 0 }];
+        let mut half_residual = [0.0; COLS];
         for (c, w) in rows.chunks_exact(self.d).enumerate() {
             let norm = dot(self.isa, w, w).sqrt();
             largest_norm = largest_norm.max(norm * terms.weight[c].max(1.0));
@@ -220,9 +275,24 @@ impl Plan {
                 columns.bias[c] = up(bias * weight - terms.threshold[c] + slack);
             }
             columns.offset[c] = -128 * offset;
+            if let Some(isa) = self.halves {
+                let rounding = quantize::brain_floats(isa, w, &mut halves[c * self.d..(c + 1) * self.d]);
+                half_residual[c] = up(rounding.share * weight);
+            }
         }
         let (bias, weight, threshold) = (terms.bias, terms.weight, terms.threshold);
-        Panel { rows, words, columns, float_columns, bias, weight, threshold, largest_norm }
+        Panel {
+            rows,
+            words,
+            columns,
+            float_columns,
+            halves,
+            half_residual,
+            bias,
+            weight,
+            threshold,
+            largest_norm,
+        }
     }
 
     /// Rounds `v` of norm `norm`, which it spoils, into words of the screen, zero-padded.
@@ -276,7 +346,7 @@ impl Plan {
                 let norm = dot(self.isa, &strips.scratch, &strips.scratch).sqrt();
                 (norm, self.round(&mut strips.scratch, norm, i as u32, &mut strips.word))
             };
-            if norm > 0.0 && !SAFE_PRODUCTS.contains(&(norm * largest_norm)) {
+            if norm >= LARGEST_NORM || norm > 0.0 && !SAFE_PRODUCTS.contains(&(norm * largest_norm)) {
                 misfits.push(i);
                 continue;
             }
@@ -293,6 +363,19 @@ impl Plan {
             }
         }
         misfits
+    }
+
+    /// Rounds the rows of a block to bf16 for the second bounds.
+    pub(super) fn halve(&self, isa: Isa, x: &[f32], halves: &mut Halves) {
+        halves.x.resize(x.len(), 0);
+        halves.slack.clear();
+        halves.norm.clear();
+        for (x, to) in x.chunks_exact(self.d).zip(halves.x.chunks_exact_mut(self.d)) {
+            let norm = dot(isa, x, x).sqrt();
+            let rounding = quantize::brain_floats(isa, x, to);
+            halves.slack.push(up(rounding.share + norm * self.accumulation(true)));
+            halves.norm.push(up(norm + rounding.residual));
+        }
     }
 
     fn centred(&self, x: &[f32], to: &mut [f32]) {
@@ -438,6 +521,33 @@ mod tests {
         let tiles = 100_000_000 / (ROWS * COLS) / Isa::available().count() / 2 + 1;
         for certificate in [Certificate::Deterministic, Certificate::Dithered] {
             assert!(worst_pair(tiles, certificate) < 1.0);
+        }
+    }
+
+    #[test]
+    fn second_bounds_keep_their_certificate() {
+        for isa in Isa::available() {
+            let (mut state, d) = (3, NARROWEST_REFINED);
+            let plan = Plan::with_isa(isa, d, Certificate::Deterministic, None);
+            let Some(halves_isa) = plan.refines() else { continue };
+            for t in 0..25 {
+                let (w, x) = (vectors(COLS, d, t / 5, &mut state), vectors(ROWS, d, t % 5, &mut state));
+                let panel = plan.panel(t, w.clone(), &Terms::default());
+                let mut halves = Halves::default();
+                plan.halve(halves_isa, &x, &mut halves);
+                let rows: Vec<u32> = (0..ROWS as u32).collect();
+                let mut sums = [0.0; ROWS];
+                for (c, w) in w.chunks(d).enumerate() {
+                    let group =
+                        dots::Group { w: panel.half(c, d), next: panel.half(c, d), rows: &rows, len: ROWS };
+                    dots::half_dots_of(halves_isa, group, &halves.x, &mut sums);
+                    for (r, x) in x.chunks(d).enumerate() {
+                        let above = f64::from(panel.refined(c, &halves, r, sums[r])) - dot(isa, x, w);
+                        let gap = halves.gap(panel.largest_half_slack(), r);
+                        assert!((0.0..=gap).contains(&above), "tile {t} ({r}, {c}): {above} of {gap}");
+                    }
+                }
+            }
         }
     }
 

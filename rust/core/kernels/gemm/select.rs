@@ -7,14 +7,16 @@
 //!    real score, for which the `k` most promising candidates are scored in f64;
 //! 3. drop the candidates whose bound no longer reaches it.
 //!
-//! After the last range the candidates that are left are scored, the `k` most promising ones first. Scoring goes feature by feature, so that each
+//! After the last range the candidates that are left are scored, the `k` most promising ones first. Wide rows are
+//! bounded a second time before they are scored, in bf16 and pair by pair, which leaves few more than the members. Scoring goes feature by feature, so that each
 //! feature is read once per block. A row that fills its space although its threshold was raised has defeated the screen;
 //! it is screened again in f32, and in the last resort scored against every feature.
 
 use std::ops::Range;
 
-use super::dot::{Group, dot, dots_of};
-use super::pack::{Panel, Plan, Slack, Strips, down};
+use super::dot::{Group, dot, dots_of, half_dots_of};
+use super::isa::Isa;
+use super::pack::{Halves, Panel, Plan, Slack, Strips, down};
 use super::tile::{COLS, ROWS, Tile};
 pub use crate::kernels::topk::Scored;
 use crate::kernels::topk::{Candidate, keep_best, promising_first};
@@ -22,7 +24,7 @@ use crate::kernels::topk::{Candidate, keep_best, promising_first};
 /// Bytes of panels that stay in the second-level cache while the strips pass.
 const GROUP_BYTES: usize = 256 << 10;
 /// Bytes of rows that stay in the second-level cache while they are scored.
-const ROWS_BYTES: usize = 640 << 10;
+const ROWS_BYTES: usize = 16 << 20;
 /// Bytes of features that stay in the third-level cache while all rows are scored against them.
 const FEATURES_BYTES: usize = 4 << 20;
 /// Features of the first range; each further one ends four times as far.
@@ -46,6 +48,7 @@ pub struct Dictionary {
     n_features: usize,
     largest_norm: f64,
     largest_slack: Slack,
+    largest_half_slack: Slack,
     underflow: f64,
 }
 
@@ -109,6 +112,9 @@ struct Bench {
     candidates: Vec<Candidate>,
     counts: Vec<usize>,
     escaped: Vec<bool>,
+    halves: Halves,
+    /// Candidates of each row with their second bounds.
+    refined: Vec<Vec<Candidate>>,
     pairs: Pairs,
 }
 
@@ -121,6 +127,7 @@ struct Pairs {
     rows: Vec<u32>,
     features: Vec<u32>,
     products: Vec<f64>,
+    half_products: Vec<f32>,
 }
 
 /// One screen over all features for one block of rows.
@@ -129,6 +136,8 @@ struct Pass<'a> {
     x: &'a [f32],
     wanted: Wanted,
     floats: bool,
+    /// The path of the second bounds, where there are any.
+    refines: Option<Isa>,
     room: usize,
     bench: &'a mut Bench,
     found: &'a mut [Vec<Scored>],
@@ -141,8 +150,18 @@ impl Dictionary {
         let n_features = panels.iter().map(|p| p.rows.len() / plan.d()).sum();
         let largest_norm = panels.iter().map(|p| p.largest_norm).fold(0.0, f64::max);
         let largest_slack = panels.iter().map(Panel::largest_slack).fold(Slack::default(), Slack::or_larger);
+        let largest_half_slack =
+            panels.iter().map(Panel::largest_half_slack).fold(Slack::default(), Slack::or_larger);
         let weight = panels.iter().flat_map(|p| p.weight).fold(1.0, f64::max);
-        Self { plan, panels, n_features, largest_norm, largest_slack, underflow: UNDERFLOW * weight }
+        Self {
+            plan,
+            panels,
+            n_features,
+            largest_norm,
+            largest_slack,
+            largest_half_slack,
+            underflow: UNDERFLOW * weight,
+        }
     }
 
     /// How features and rows are rounded.
@@ -206,7 +225,13 @@ impl Dictionary {
         for i in self.plan.strips(x, self.largest_norm, floats, &mut bench.strips) {
             bench.escaped[i] = true;
         }
-        let mut pass = Pass { dictionary: self, x, wanted, floats, room, bench, found, scored: 0 };
+        bench.refined.resize_with(n.max(bench.refined.len()), Vec::new);
+        bench.refined.iter_mut().for_each(Vec::clear);
+        let refines = self.plan.refines().filter(|_| !floats && matches!(wanted, Wanted::Best { .. }));
+        if let Some(isa) = refines {
+            self.plan.halve(isa, x, &mut bench.halves);
+        }
+        let mut pass = Pass { dictionary: self, x, wanted, floats, refines, room, bench, found, scored: 0 };
         pass.run();
         let scored = pass.scored;
         ((0..n).filter(|&i| bench.escaped[i]).collect(), scored)
@@ -274,12 +299,17 @@ impl Pass<'_> {
                         self.list(row, k.min(self.bench.counts[row]));
                     }
                 }
-                self.score_listed();
-                (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
+                self.bound_or_score_listed(k);
             }
         }
         for r in 0..self.found.len() {
             self.list(r, self.bench.counts[r]);
+        }
+        if let Wanted::Best { k, .. } = self.wanted {
+            self.bound_or_score_listed(k);
+            for (row, refined) in self.bench.refined.iter_mut().enumerate() {
+                self.bench.pairs.listed.extend(refined.drain(..).map(|c| (c.feature, row as u32)));
+            }
         }
         self.score_listed();
         self.found.iter_mut().for_each(|found| finish(found, self.wanted));
@@ -347,6 +377,7 @@ impl Pass<'_> {
         self.raise_bar(row, k);
         if self.bench.counts[row] > self.room - self.room / 4 {
             self.bench.escaped[row] = true;
+            self.bench.refined[row].clear();
             self.bench.counts[row] = 0;
             self.set_bar(row, f32::INFINITY);
         }
@@ -357,10 +388,60 @@ impl Pass<'_> {
         promising_first(candidates, k);
     }
 
+    /// Bounds the listed pairs a second time where the plan does so, else scores them; then raises the thresholds.
+    fn bound_or_score_listed(&mut self, k: usize) {
+        if let Some(isa) = self.refines {
+            self.refine_listed(isa);
+            (0..self.found.len()).for_each(|row| self.raise_bar_by_refined(row, k));
+        } else {
+            self.score_listed();
+            (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
+        }
+    }
+
+    /// Gives the listed pairs their second bounds, feature by feature.
+    fn refine_listed(&mut self, isa: Isa) {
+        let (dictionary, bench) = (self.dictionary, &mut *self.bench);
+        let (pairs, d) = (&mut bench.pairs, dictionary.plan.d());
+        pairs.sort(dictionary.n_features, self.found.len(), 2 * d);
+        let half = |j: usize| dictionary.panels[j / COLS].half(j % COLS, d);
+        let mut start = 0;
+        while start < pairs.rows.len() {
+            let (feature, end) = pairs.group(start);
+            let next = if end < pairs.rows.len() { pairs.group(end).0 } else { feature };
+            let group =
+                Group { w: half(feature), next: half(next), rows: &pairs.rows[start..], len: end - start };
+            pairs.half_products.resize(group.len, 0.0);
+            half_dots_of(isa, group, &bench.halves.x, &mut pairs.half_products);
+            for (&row, &sum) in group.rows.iter().zip(&pairs.half_products) {
+                let (panel, row) = (&dictionary.panels[feature / COLS], row as usize);
+                let upper = panel.refined(feature % COLS, &bench.halves, row, sum);
+                if reaches(upper, bench.strips.lines[row / ROWS].threshold[row % ROWS]) {
+                    bench.refined[row].push(Candidate { upper, feature: feature as u32 });
+                }
+            }
+            start = end;
+        }
+        pairs.listed.clear();
+    }
+
+    /// Raises the threshold of a row to its k-th largest lower bound of the second kind.
+    fn raise_bar_by_refined(&mut self, row: usize, k: usize) {
+        let refined = &mut self.bench.refined[row];
+        if refined.len() < k || self.bench.escaped[row] {
+            return;
+        }
+        promising_first(refined, k - 1);
+        let gap = self.bench.halves.gap(self.dictionary.largest_half_slack, row);
+        let bar = self.dictionary.bar(f64::from(refined[k - 1].upper) - gap);
+        refined.retain(|c| reaches(c.upper, bar));
+        self.drop_below(row, bar);
+    }
+
     /// Raises the threshold of a row to its k-th largest lower bound, if few candidates remain above that.
     fn raise_bar_by_bounds(&mut self, row: usize, k: usize) -> bool {
         let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        if candidates.len() < k || !self.found[row].is_empty() {
+        if candidates.len() < k || !self.found[row].is_empty() || !self.bench.refined[row].is_empty() {
             return false;
         }
         promising_first(candidates, k - 1);
