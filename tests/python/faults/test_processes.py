@@ -141,11 +141,12 @@ def test_store_is_read_in_a_forked_child(tmp_path):
 @pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.full)])
 def test_readers_see_committed_steps_only_while_a_writer_runs(tmp_path, seconds):
     open_writer(tmp_path / "run").close()
+    parent = os.getpid()
     writing = os.fork()
     if writing == 0:
         x = np.repeat(np.arange(40, dtype=np.float32)[:, None], 64, axis=1)
         with open_writer(tmp_path / "run") as writer:
-            while True:
+            while os.getppid() == parent:
                 writer.append("tokens", stored.rows(40), {HOOK: x + 40 * writer.steps})
                 writer.commit(b"")  # polars does not run in a forked child
                 time.sleep(0.005)
