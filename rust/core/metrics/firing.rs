@@ -26,9 +26,9 @@ pub struct Firing {
 }
 
 impl Firing {
-    /// Moments of `d_sae` features in `n_groups` groups of `n` rows in all. The grid depends on `n` alone.
+    /// Moments of `d_sae` features in `n_groups` groups of `n` rows in all. The grid depends on `n` and `d_sae` alone.
     pub fn new(d_sae: usize, n_groups: usize, n: usize) -> Self {
-        Self { d_sae, n_groups, block_rows: n.div_ceil(BLOCKS).max(MIN_BLOCK_ROWS) }
+        Self { d_sae, n_groups, block_rows: n.div_ceil(BLOCKS).max(MIN_BLOCK_ROWS).max(d_sae / 2) }
     }
 }
 
