@@ -54,11 +54,8 @@ def compare(
 def codes_of(n: int, k: int, d_sae: int, skewed: bool) -> SparseCodes:
     """Random codes: features uniform, or k of them frequent and the rest with a heavy tail; distinct within a row."""
     rng = np.random.default_rng(SEED)
-    indices = (
-        rng.permutation(d_sae // k * k)[rng.zipf(1.2, (n, k)) % (d_sae // k) * k + np.arange(k)]
-        if skewed
-        else rng.integers(0, d_sae, (n, k))
-    )
+    tail = rng.zipf(1.2, (n, k)) % (d_sae // k) * k + np.arange(k)
+    indices = rng.permutation(d_sae // k * k)[tail] if skewed else rng.integers(0, d_sae, (n, k))
     values = rng.standard_exponential((n, k), dtype=np.float32) + np.float32(0.01)
     return SparseCodes(indices.astype(np.uint32), values, d_sae)
 
