@@ -186,6 +186,11 @@ pub fn reduce_ordered<I: Send + Sync, R: Send>(
     Ok(())
 }
 
+/// Threads of the pool that this runs in. For the use of memory: no result may depend on it.
+pub fn threads() -> usize {
+    rayon::current_num_threads().max(1)
+}
+
 /// Rows per block so that blocks are at most `most` rows and every thread of the pool has one of them.
 ///
 /// For work whose result does not depend on the blocks; folds use the fixed grid.

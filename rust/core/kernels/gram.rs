@@ -12,6 +12,8 @@
 
 #![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
 
+use std::ops::Range;
+
 use super::gemm::isa::{Isa, per_isa};
 use super::panel::{Kernel, PANEL};
 use crate::rows::Rows;
@@ -68,6 +70,28 @@ impl Frame {
         rows.widen(i..i + 1, out);
         centre(isa, out, &self.shift, self.scale, sums)
     }
+
+    /// `sum x w` over a widened row, shifted and scaled.
+    pub fn project(&self, isa: Isa, row: &[f32], weights: &[f64]) -> f64 {
+        weigh(isa, row, &self.shift, self.scale, weights)
+    }
+}
+
+#[inline(always)]
+fn weigh_body<const FUSED: bool>(row: &[f32], shift: &[f32], scale: f32, weights: &[f64]) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let pieces = row.chunks(LANES).zip(shift.chunks(LANES)).zip(weights.chunks(LANES));
+    for ((row, shift), weights) in pieces {
+        for (((x, c), w), lane) in row.iter().zip(shift).zip(weights).zip(&mut lanes) {
+            *lane += f64::from((x - c) * scale) * w;
+        }
+    }
+    lanes.iter().sum()
+}
+
+per_isa! {
+    /// `sum (x - c) scale w`, the same bits on every path.
+    fn weigh(row: &[f32], shift: &[f32], scale: f32, weights: &[f64]) -> f64 = weigh_body;
 }
 
 /// Every path rounds products before it adds them: the same bits.
@@ -147,14 +171,27 @@ pub fn pack_rows(isa: Isa, rows: &Rows<'_>, frame: &Frame, out: &mut [f32]) -> M
             margins.norms.push(frame.apply(isa, rows, first + i, row, &mut margins.sums));
         }
         for (slab, out) in out.chunks_exact_mut(TILE_PANELS * PANEL_LEN).enumerate() {
-            let steps = slab * DEPTH..d.min((slab + 1) * DEPTH);
-            let out = out[panel * PANEL_LEN..].chunks_exact_mut(PANEL);
-            for (column, step) in steps.zip(out) {
-                step.iter_mut().enumerate().for_each(|(i, x)| *x = block[i * d + column]);
-            }
+            let columns = slab * DEPTH..d.min((slab + 1) * DEPTH);
+            transpose(&block, d, columns, &mut out[panel * PANEL_LEN..(panel + 1) * PANEL_LEN]);
         }
     }
     margins
+}
+
+/// Numbers of a row in a cache line.
+const LINE: usize = 16;
+
+/// Writes `columns` of a block of 32 rows as the steps of a panel. It goes line by line: rows whose width is a power of two
+/// share their place in the cache, and column by column would load every line sixteen times.
+fn transpose(block: &[f32], d: usize, columns: Range<usize>, panel: &mut [f32]) {
+    for (first, steps) in columns.clone().step_by(LINE).zip(panel.chunks_mut(LINE * PANEL)) {
+        let width = (columns.end - first).min(LINE);
+        for (i, row) in block.chunks_exact(d).enumerate() {
+            for (step, x) in steps.chunks_exact_mut(PANEL).zip(&row[first..first + width]) {
+                step[i] = *x;
+            }
+        }
+    }
 }
 
 /// Adds `A^T B` over one slab of `depth` steps to `tile` (rows [`TILE`] apart); `a` and `b` hold whole panels.

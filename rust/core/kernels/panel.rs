@@ -16,6 +16,8 @@
 // Intrinsics become instructions only once everything between them and the function with the target feature is inlined.
 #![allow(clippy::inline_always)]
 
+use std::ops::{Deref, DerefMut};
+
 use super::gemm::isa::{Isa, Path};
 use crate::error::Result;
 
@@ -74,6 +76,40 @@ impl Kernel {
             // an `Isa` exists only for a path whose features the processor was asked for.
             unsafe { (self.strip)(a.as_ptr().add(strip * STRIP), b.as_ptr(), depth, corner, stride) }
         }
+    }
+}
+
+/// Bytes of a cache line, and of the widest vector.
+const LINE: usize = 64;
+
+/// Zeros that begin on a cache line: no vector of a panel or of a tile straddles two lines.
+#[derive(Debug)]
+pub struct Aligned<T> {
+    values: Vec<T>,
+    start: usize,
+    len: usize,
+}
+
+impl<T: Copy + Default> Aligned<T> {
+    /// `len` of them.
+    pub fn zeros(len: usize) -> Self {
+        let values = vec![T::default(); len + LINE / size_of::<T>()];
+        // The offset of memory that cannot be aligned is out of range; then alignment is given up.
+        let start = values.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
+        Self { values, start, len }
+    }
+}
+
+impl<T> Deref for Aligned<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.values[self.start..self.start + self.len]
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.values[self.start..self.start + self.len]
     }
 }
 

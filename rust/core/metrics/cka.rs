@@ -34,7 +34,7 @@ use crate::scan::{Buffer, Context, Source, map_ordered};
 
 /// Runs of neighbouring rows that the provisional mean is taken from, evenly spread, and their length.
 const SAMPLE_RUNS: usize = 16;
-const RUN_ROWS: usize = 64;
+const RUN_ROWS: usize = 16;
 
 /// Which HSIC estimator CKA is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -19,11 +19,12 @@ use crate::error::{Error, Result};
 use crate::kernels::gram::{
     DEPTH, Margins, PANEL_LEN, TILE, TILE_LEN, TILE_PANELS, add_slab, pack_columns, pack_step, panels,
 };
-use crate::kernels::panel::{Kernel, PANEL};
-use crate::scan::{Buffer, Context, fill_pieces, map_ordered, map_pieces};
+use crate::kernels::panel::{Aligned, Kernel, PANEL};
+use crate::scan::{Buffer, Context, fill_pieces, map_ordered, map_pieces, threads};
 
-/// Slabs packed at once at most: enough to keep every thread busy, and a tile in cache while it is added to.
-const CHUNK_SLABS: usize = 64;
+/// Slabs packed at once, unless there are more threads: a block of them stays in the second-level cache while it meets the
+/// others, and a tile is loaded and stored once for all of them.
+const CHUNK_SLABS: usize = 8;
 
 /// Up to [`TILE`] neighbouring columns of one layer.
 #[derive(Clone, Debug)]
@@ -118,7 +119,7 @@ pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
 /// Slabs in a chunk and tiles in a round, from the memory budget.
 fn plan(layout: &Layout, problem: &Problem<'_>, context: &Context<'_>) -> Result<(usize, usize)> {
     let (slab, tile) = (layout.slab_len * size_of::<f32>(), TILE_LEN * size_of::<f64>());
-    let slabs = problem.n.div_ceil(DEPTH).min(CHUNK_SLABS);
+    let slabs = problem.n.div_ceil(DEPTH).min(CHUNK_SLABS.max(threads()));
     let chunk = (context.memory_budget / 2 / slab).clamp(1, slabs);
     let tiles = context.memory_budget.saturating_sub(chunk * slab) / tile;
     if tiles == 0 {
@@ -141,7 +142,7 @@ fn multiply(
     (round, rounds): (usize, usize),
     totals: &mut Totals,
     context: &Context<'_>,
-) -> Result<Vec<f64>> {
+) -> Result<Aligned<f64>> {
     let kernel = Kernel::of(problem.isa);
     let n = problem.n;
     let mut used: Vec<bool> = vec![round == 0; layout.first_panel.len()];
@@ -152,8 +153,8 @@ fn multiply(
     if used[problem.layers.len()] {
         used.fill(true);
     }
-    let mut products = vec![0.0; tiles.len() * TILE_LEN];
-    let mut packed = vec![0.0_f32; chunk * layout.slab_len];
+    let mut products = Aligned::zeros(tiles.len() * TILE_LEN);
+    let mut packed = Aligned::zeros(chunk * layout.slab_len);
     for first in (0..n).step_by(chunk * DEPTH) {
         let rows = (n - first).min(chunk * DEPTH);
         let packed = &mut packed[..rows.div_ceil(DEPTH) * layout.slab_len];

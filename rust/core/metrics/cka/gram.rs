@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::kernels::gram::{
     DEPTH, Margins, PANEL_LEN, TILE, TILE_LEN, TILE_PANELS, add_slab, dot, mirror, pack_rows,
 };
-use crate::kernels::panel::Kernel;
+use crate::kernels::panel::{Aligned, Kernel};
 use crate::scan::{Buffer, Context, grid, map_ordered, map_pieces, reduce_ordered};
 
 /// Tiles that one task computes, one after the other, in the same memory.
@@ -62,7 +62,7 @@ pub fn fits(problem: &Problem<'_>, context: &Context<'_>) -> bool {
 /// A packed band of row tiles.
 pub(super) struct Band {
     tiles: Range<usize>,
-    pub(super) values: Vec<f32>,
+    pub(super) values: Aligned<f32>,
     pub(super) margins: Vec<Vec<Margins>>,
 }
 
@@ -106,7 +106,7 @@ pub(super) fn pack(
     tiles: Range<usize>,
     context: &Context<'_>,
 ) -> Result<Band> {
-    let mut values = vec![0.0_f32; tiles.len() * layout.tile_len()];
+    let mut values = Aligned::zeros(tiles.len() * layout.tile_len());
     let margins = map_pieces(&mut values, layout.tile_len(), context, |i, out| {
         let first = (tiles.start + i) * TILE;
         let mut buffer = Buffer::default();
@@ -136,7 +136,7 @@ fn multiply(
         strips.extend((from..columns.tiles.end).step_by(STRIP_TILES).map(|j| (i, j)));
     }
     let work = |&(i, from): &(usize, usize)| {
-        let mut tiles = vec![0.0; problem.layers.len() * TILE_LEN];
+        let mut tiles = Aligned::zeros(problem.layers.len() * TILE_LEN);
         (from..columns.tiles.end.min(from + STRIP_TILES))
             .map(|j| {
                 context.check()?;
@@ -242,12 +242,12 @@ fn finish(
 fn project(problem: &Problem<'_>, layer: usize, sums: &[f64]) -> Result<Vec<f64>> {
     let mut buffer = Buffer::default();
     let mut out = Vec::with_capacity(problem.n);
-    let (mut row, mut unused) = (vec![0.0; sums.len()], vec![0.0; sums.len()]);
+    let mut row = vec![0.0; sums.len()];
     for range in grid(problem.n, DEPTH) {
         let rows = problem.layers[layer].source.read(range, &mut buffer)?;
         for i in 0..rows.n() {
-            problem.frames[layer].apply(problem.isa, &rows, i, &mut row, &mut unused);
-            out.push(row.iter().zip(sums).map(|(x, s)| f64::from(*x) * s).sum());
+            rows.widen(i..i + 1, &mut row);
+            out.push(problem.frames[layer].project(problem.isa, &row, sums));
         }
     }
     Ok(out)
