@@ -147,10 +147,8 @@ def ckatorch_map(xs: list[torch.Tensor]) -> Callable[[], Any]:
 def pytorch_cka_map(xs: list[torch.Tensor]) -> Callable[[], Any]:
     import cka
 
-    named = {str(i): x for i, x in enumerate(xs)}
-
     def run() -> Any:
-        return cka.cka_from_features(named, named)
+        return cka.cka_from_features(xs, xs)
 
     return run
 
