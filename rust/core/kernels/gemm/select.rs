@@ -23,10 +23,6 @@ use crate::kernels::topk::{Candidate, keep_best, promising_first};
 
 /// Bytes of panels that stay in the second-level cache while the strips pass.
 const GROUP_BYTES: usize = 256 << 10;
-/// Bytes of rows that stay in the second-level cache while they are scored.
-const ROWS_BYTES: usize = 16 << 20;
-/// Bytes of features that stay in the third-level cache while all rows are scored against them.
-const FEATURES_BYTES: usize = 4 << 20;
 /// Features of the first range; each further one ends four times as far.
 const FIRST_RANGE: usize = 512;
 /// Space of a row, in candidates per member wanted.
@@ -403,7 +399,7 @@ impl Pass<'_> {
     fn refine_listed(&mut self, isa: Isa) {
         let (dictionary, bench) = (self.dictionary, &mut *self.bench);
         let (pairs, d) = (&mut bench.pairs, dictionary.plan.d());
-        pairs.sort(dictionary.n_features, self.found.len(), 2 * d);
+        pairs.sort(dictionary.n_features);
         let half = |j: usize| dictionary.panels[j / COLS].half(j % COLS, d);
         let mut start = 0;
         while start < pairs.rows.len() {
@@ -483,7 +479,7 @@ impl Pass<'_> {
     /// Scores the listed pairs, feature by feature.
     fn score_listed(&mut self) {
         let (dictionary, pairs) = (self.dictionary, &mut self.bench.pairs);
-        pairs.sort(dictionary.n_features, self.found.len(), 4 * dictionary.plan.d());
+        pairs.sort(dictionary.n_features);
         let mut start = 0;
         while start < pairs.rows.len() {
             let (feature, end) = pairs.group(start);
@@ -541,27 +537,19 @@ impl Pass<'_> {
 }
 
 impl Pairs {
-    /// The feature of the pair at `start`, and where its run of pairs of that feature ends.
+    /// The feature of the pair at `start`, and where the pairs of that feature end.
     fn group(&self, start: usize) -> (usize, usize) {
-        let feature = self.features[start];
-        let len = self.features[start..].iter().take_while(|&&f| f == feature).count();
-        (feature as usize, start + len)
+        let feature = self.features[start] as usize;
+        (feature, self.starts[feature] as usize)
     }
 
-    /// Counting sort of what is listed by (range of features, range of rows, feature): the rows of a range stay in the
-    /// second-level cache while a range of features passes, which stays in the third while all rows pass.
-    fn sort(&mut self, n_features: usize, n_rows: usize, row_bytes: usize) {
-        let tall = (ROWS_BYTES / row_bytes).max(ROWS);
-        let wide = (FEATURES_BYTES / row_bytes).max(COLS);
-        let stacks = n_rows.div_ceil(tall);
-        let key = |feature: u32, row: u32| {
-            let (feature, row) = (feature as usize, row as usize);
-            (feature / wide * stacks + row / tall) * wide + feature % wide
-        };
+    /// Counting sort of what is listed by feature: each feature is read once per block of rows. Afterwards `starts[j]`
+    /// is where the pairs of feature `j` end.
+    fn sort(&mut self, n_features: usize) {
         self.starts.clear();
-        self.starts.resize(n_features.div_ceil(wide) * stacks * wide + 1, 0);
-        for &(feature, row) in &self.listed {
-            self.starts[key(feature, row) + 1] += 1;
+        self.starts.resize(n_features + 1, 0);
+        for &(feature, _) in &self.listed {
+            self.starts[feature as usize + 1] += 1;
         }
         for j in 1..self.starts.len() {
             self.starts[j] += self.starts[j - 1];
@@ -569,7 +557,7 @@ impl Pairs {
         self.rows.resize(self.listed.len(), 0);
         self.features.resize(self.listed.len(), 0);
         for &(feature, row) in &self.listed {
-            let place = &mut self.starts[key(feature, row)];
+            let place = &mut self.starts[feature as usize];
             self.rows[*place as usize] = row;
             self.features[*place as usize] = feature;
             *place += 1;
