@@ -19,7 +19,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 struct Pool {
     pid: u32,
     threads: usize,
-    pool: Arc<ThreadPool>,
+    workers: Arc<ThreadPool>,
 }
 
 /// Locked only while the GIL is held, so no other thread can hold it at the moment of a fork.
@@ -35,7 +35,7 @@ fn pool(_py: Python<'_>, threads: Option<usize>) -> PyResult<Arc<ThreadPool>> {
     let mut slot = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(current) = slot.as_ref() {
         if current.pid == pid && threads.is_none_or(|t| t == current.threads) {
-            return Ok(Arc::clone(&current.pool));
+            return Ok(Arc::clone(&current.workers));
         }
         if current.pid != pid {
             std::mem::forget(slot.take());
@@ -48,7 +48,7 @@ fn pool(_py: Python<'_>, threads: Option<usize>) -> PyResult<Arc<ThreadPool>> {
         .build()
         .map_err(|e| to_py(&Error::Internal(format!("thread pool: {e}"))))?;
     let pool = Arc::new(pool);
-    *slot = Some(Pool { pid, threads, pool: Arc::clone(&pool) });
+    *slot = Some(Pool { pid, threads, workers: Arc::clone(&pool) });
     Ok(pool)
 }
 
