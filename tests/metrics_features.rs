@@ -98,7 +98,9 @@ fn top(d_sae: usize, n: usize, per_sample: bool, blocks: &[Labelled<'_>], thread
 }
 
 /// (group, list, rank, sample, position, activation) by sorting everything that fires.
-fn top_definition(s: &Sample, k: usize, n: usize, per_sample: bool) -> Vec<(u32, u32, u32, u64, u32, f32)> {
+type Top = (u32, u32, u32, u64, u32, f32);
+
+fn top_definition(s: &Sample, k: usize, n: usize, per_sample: bool) -> Vec<Top> {
     let mut lists: BTreeMap<(u32, u32), Vec<(f32, u64, u32)>> = BTreeMap::new();
     for (slot, (&f, &h)) in s.indices.iter().zip(&s.values).enumerate().filter(|(_, (_, h))| **h > 0.0) {
         let r = slot / k;
