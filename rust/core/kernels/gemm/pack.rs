@@ -32,7 +32,7 @@ pub enum Certificate {
 /// Width up to which byte sums fit into 32 bits: `65536 · 255 · 128 < 2^31`.
 const WIDEST_BYTES: usize = 65_536;
 /// Width up to which the deterministic byte screen leaves fewer candidates than it saves over bf16.
-const WIDEST_CERTAIN_BYTES: usize = 6_144;
+const WIDEST_CERTAIN_BYTES: usize = 1_536;
 /// Width from which dithering bounds tighter than rounding to nearest.
 const NARROWEST_DITHERED: usize = 256;
 /// Width from which candidates of the deterministic byte screen are bounded again in bf16 before they are scored.
