@@ -50,7 +50,9 @@ def main(names: list[str]) -> None:
     """Print the table."""
     if _core.BUILD_PROFILE != "release":
         raise SystemExit("benches: expected a release build, found a debug build. Run make bench")
-    print("| what | shape | against | ratio | spread | bar |\n| --- | --- | --- | --- | --- | --- |", flush=True)
+    print(
+        "| what | shape | against | ratio | spread | bar |\n| --- | --- | --- | --- | --- | --- |", flush=True
+    )
     for name in names or NAMES:
         for line in lines_of(name):
             show(line)

@@ -251,6 +251,60 @@ def cka(
 
 
 @app.command()
+def diff(
+    base: Annotated[Path, typer.Argument(help="Store of the base language model.", show_default=False)],
+    vlm: Annotated[Path, typer.Argument(help="Store of the VLM, same hooks.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for dictionaries, tables and the report.")] = Path("diff"),
+    spatial: Annotated[
+        str | None,
+        typer.Option(help="Spatial questions, as SQL over row and sample columns.", show_default=False),
+    ] = None,
+    neutral: Annotated[
+        Path | None, typer.Option(help="Store of the VLM under a neutral prompt.", show_default=False)
+    ] = None,
+    d_sae: Annotated[int, typer.Option(help="Features per dictionary.")] = 1024,
+    k: Annotated[int, typer.Option(help="Features per token.")] = 16,
+    steps: Annotated[int, typer.Option(help="Training steps per dictionary.")] = 1500,
+    batch_size: Annotated[int, typer.Option(help="Rows per training step.")] = 1024,
+    p_gap: Annotated[float, typer.Option(help="Share kept by variance gap.")] = 0.2,
+    p_cos: Annotated[float, typer.Option(help="Share of those kept by decoder cosine.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Seed of dictionaries and of the shuffle.")] = 0,
+    progress: Progress = True,
+    config: Config = None,
+) -> None:
+    """Find the features of the base model's dictionaries that fine-tuning on pictures changed.
+
+    Example: `microtome diff runs/lm runs/vlm --spatial "task = 'spatial'" --out runs/diff`
+    """
+    import polars as pl
+
+    from microtome.dictionary import TrainConfig
+    from microtome.diffing import study
+    from microtome.report.diffing import diff_page
+
+    told = study.DiffConfig(
+        train=TrainConfig(d_sae=d_sae, k=k, steps=steps, batch_size=batch_size, seed=seed),
+        spatial=None if spatial is None else pl.sql_expr(spatial),
+        p_gap=p_gap,
+        p_cos=p_cos,
+    )
+    result = study.run(
+        _open(base),
+        _open(vlm),
+        out,
+        told,
+        neutral=None if neutral is None else _open(neutral),
+        progress=progress,
+    )
+    facts = {"base": str(base), "VLM": str(vlm), "dictionaries": f"{d_sae} features, k = {k}, {steps} steps"}
+    page = diff_page(vars(result), facts).write(out / "report.html")
+    _say(
+        f"{result.features.height:,} features, {result.features['adapted'].sum():,} adapted: {out / 'tables'}"
+    )
+    _say(f"open {page.resolve()}")
+
+
+@app.command()
 def circuit(
     model: Annotated[str, typer.Argument(help="organism, or a folder or hub id that transformers loads.")],
     tasks: Annotated[

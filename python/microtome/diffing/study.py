@@ -181,6 +181,10 @@ def _dictionaries(
         told = config.train.replace(
             regime=regime, loss_where=REGIMES[regime], steps=config.adapt_steps or config.train.steps
         )
+        if (
+            regime == "random"
+        ):  # other first weights than the base dictionary's, or their cosine would say nothing
+            told = told.replace(seed=told.seed + 1)
         start = None if regime == "random" else stages["base"]
         adapted = train_layers(vlm, told, hooks=hooks, base=start, out=folder / regime, progress=progress)
         stages[regime] = adapted.saes

@@ -1,0 +1,150 @@
+"""The diffing study: planted truth is found, signals are their definitions, the whole runs from two stores."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+import microtome as mt
+from microtome import organism
+from microtome.dictionary import TrainConfig
+from microtome.diffing import (
+    cosine_table,
+    firing_shift,
+    frequency_gap_interval,
+    select_adapted,
+    signals,
+    study,
+)
+from microtome.errors import ShapeError
+from microtome.evaluation import score
+from microtome.metrics import SparseCodes
+
+D_SAE, D, N, K = 500, 32, 4000, 8
+
+
+def codes(rng, preferred=()):
+    """Random codes in which the preferred features fire more often and more strongly."""
+    weights = np.ones(D_SAE)
+    weights[list(preferred)] = 20.0
+    draws = rng.random((N, D_SAE)) ** (1 / weights)
+    indices = np.argsort(-draws, axis=1)[:, :K].astype(np.uint32)
+    values = rng.gamma(2.0, 1.0, (N, K)) * np.where(np.isin(indices, list(preferred)), 3.0, 1.0)
+    order = np.argsort(-values, axis=1)
+    take = np.take_along_axis
+    return SparseCodes(take(indices, order, 1), take(values, order, 1).astype(np.float32), D_SAE)
+
+
+def test_planted_features_are_found_by_both_stages():
+    rng = np.random.default_rng(0)
+    tables, planted = [], set()
+    for layer in range(3):
+        chosen = rng.choice(D_SAE, 20, replace=False)
+        base = rng.standard_normal((D_SAE, D)).astype(np.float32)
+        adapted = base + 0.2 * rng.standard_normal((D_SAE, D)).astype(np.float32)
+        adapted[chosen] = rng.standard_normal((20, D))  # rotated at random
+        vision, text = (mt.feature_stats(codes(rng, p)) for p in (chosen, ()))
+        tables.append(signals(layer, base, adapted, vision, text))
+        planted |= {(layer, int(f)) for f in chosen}
+    found = set(select_adapted(pl.concat(tables)).filter("adapted").select("layer", "feature").iter_rows())
+    assert len(found & planted) / len(found) > 0.95  # precision
+    assert len(found & planted) / len(planted) > 0.95  # recall
+
+
+def test_signals_are_their_definitions():
+    rng = np.random.default_rng(1)
+    base, adapted = (rng.standard_normal((D_SAE, D)).astype(np.float32) for _ in range(2))
+    a, b = codes(rng), codes(rng)
+    table = signals(2, base, adapted, mt.feature_stats(a), mt.feature_stats(b))
+    dense_a, dense_b = (np.asarray(c.to_dense(), np.float64) for c in (a, b))
+    gap = (dense_a**2).mean(0) - (dense_b**2).mean(0)
+    x, y = base.astype(np.float64), adapted.astype(np.float64)
+    cosine = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    assert np.allclose(table["variance_gap"], gap, rtol=1e-10, atol=1e-12)
+    assert np.allclose(table["decoder_cosine"], cosine, atol=1e-12)
+    assert np.array_equal(table["frequency_vision"], (dense_a > 0).mean(0))
+    assert table["layer"].unique().to_list() == [2]
+
+
+def test_firing_shift_is_difference_and_smoothed_odds():
+    rng = np.random.default_rng(2)
+    a, b = mt.feature_stats(codes(rng, range(10))), mt.feature_stats(codes(rng))
+    table = firing_shift(0, a, b)
+    p, q = a.fires.astype(float), b.fires.astype(float)
+    odds = (p + 0.5) * (N - q + 0.5) / ((q + 0.5) * (N - p + 0.5))
+    assert np.allclose(table["odds_ratio"], odds)
+    assert np.allclose(table["frequency_gap"], p / N - q / N)
+    assert (table["q_value"].to_numpy()[:10] < 0.01).all()
+
+
+def test_stages_are_compared_pair_by_pair():
+    rng = np.random.default_rng(3)
+    s, d = (rng.standard_normal((9, 4)).astype(np.float32) for _ in range(2))
+    table = cosine_table({"S": s, "D": d, "F": s}, {"S->D": ("S", "D"), "S->F": ("S", "F")})
+    assert np.allclose(table["S->F"], 1)
+    assert np.allclose(table["S->D"], mt.decoder_cosine(s, d))
+    assert cosine_table({"S": s, "D": d, "F": s}).columns == ["feature", "S->D", "S->F", "D->F"]
+    with pytest.raises(ShapeError, match="found M"):
+        cosine_table({"S": s}, {"x": ("S", "M")})
+
+
+def test_interval_of_the_frequency_gap_covers_a_planted_gap_and_knows_clusters():
+    tokens = np.full(200, 50, np.uint32)
+    whole = 50 * (np.arange(200) < 60)  # images in which all tokens fire, or none
+    base = 50 * (np.arange(200) < 20)
+    gap, low, high = frequency_gap_interval(whole, tokens, base, tokens, resamples=500)
+    assert low < 0.2 < high
+    assert gap == pytest.approx(0.2)
+    independent = 2 * 1.96 * np.sqrt((0.3 * 0.7 + 0.1 * 0.9) / (200 * 50))
+    assert high - low > 3 * independent  # tokens of one image are not independent
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diff")
+    items = organism.dataset(56, seed=0)
+    words = [item for item in items if item.form == "textual"]
+    for which, asked in (("base_lm", words), ("vlm", items)):
+        model = organism.load_model(which)
+        hooks = ["blocks.[24].hook_resid_post"]
+        with mt.capture(model, folder / which, hooks, processor=organism.load_processor()) as recorder:
+            score(model, organism.load_processor(), asked, recorder=recorder, progress=False)
+    return mt.ActivationStore(folder / "base_lm"), mt.ActivationStore(folder / "vlm"), folder
+
+
+def test_study_runs_from_two_stores_to_one_table_and_continues(stores):
+    base, vlm, folder = stores
+    config = study.DiffConfig(
+        train=TrainConfig(d_sae=64, k=4, steps=20, batch_size=128),
+        spatial=pl.col("task") == "spatial",
+        vision=pl.col("form") == "visual",
+    )
+    texts = dict(vlm.samples.select("id", "task").collect().iter_rows())
+    result = study.run(base, vlm, folder / "out", config, neutral=vlm, texts=texts, progress=False)
+    assert result.features.height == 2 * 64
+    wanted = {
+        "layer",
+        "feature",
+        "variance_gap",
+        "decoder_cosine",
+        "dead",
+        "adapted",
+        "spatial",
+        "survivor",
+        "label",
+    }
+    assert wanted <= set(result.features.columns)
+    assert set(result.curves["regime"]) == {"base", "text", "image", "full", "random"}
+    random = result.cosines.filter(pl.col("regime") == "random")["cosine"].abs().max()
+    assert random < 0.3 < result.cosines.filter(pl.col("regime") == "text")["cosine"].min()
+    again = study.run(base, vlm, folder / "out", config, neutral=vlm, texts=texts, progress=False)
+    assert again.features.equals(result.features)
+    assert (folder / "out" / "tables" / "features.parquet").exists()
+
+
+def test_stores_without_a_common_hook_are_refused_with_both_sides(stores, tmp_path):
+    base, _, _ = stores
+    model = organism.load_model("base_lm")
+    with mt.capture(model, tmp_path / "other", ["blocks.1.hook_mlp_out"]) as recorder:
+        score(model, organism.load_processor(), organism.questions("colour", "textual", 2), recorder=recorder)
+    with pytest.raises(ShapeError, match=r"blocks\.2\.hook_resid_post.*blocks\.1\.hook_mlp_out"):
+        study.run(base, mt.ActivationStore(tmp_path / "other"), tmp_path / "out", progress=False)
