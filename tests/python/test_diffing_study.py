@@ -10,7 +10,6 @@ from microtome.dictionary import TrainConfig
 from microtome.diffing import (
     cosine_table,
     firing_shift,
-    frequency_gap_interval,
     select_adapted,
     signals,
     study,
@@ -85,17 +84,6 @@ def test_stages_are_compared_pair_by_pair():
     assert cosine_table({"S": s, "D": d, "F": s}).columns == ["feature", "S->D", "S->F", "D->F"]
     with pytest.raises(ShapeError, match="found M"):
         cosine_table({"S": s}, {"x": ("S", "M")})
-
-
-def test_interval_of_the_frequency_gap_covers_a_planted_gap_and_knows_clusters():
-    tokens = np.full(200, 50, np.uint32)
-    whole = 50 * (np.arange(200) < 60)  # images in which all tokens fire, or none
-    base = 50 * (np.arange(200) < 20)
-    gap, low, high = frequency_gap_interval(whole, tokens, base, tokens, resamples=500)
-    assert low < 0.2 < high
-    assert gap == pytest.approx(0.2)
-    independent = 2 * 1.96 * np.sqrt((0.3 * 0.7 + 0.1 * 0.9) / (200 * 50))
-    assert high - low > 3 * independent  # tokens of one image are not independent
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,11 @@ from microtome.diffing.selection import (
     sensitivity,
     summary,
 )
-from microtome.diffing.signals import cosine_table, firing_shift, frequency_gap_interval, signals
+from microtome.diffing.signals import cosine_table, firing_shift, signals
 
 __all__ = [
     "cosine_table",
     "firing_shift",
-    "frequency_gap_interval",
     "neutral_survivors",
     "select_adapted",
     "select_spatial",

@@ -16,7 +16,7 @@ import polars as pl
 from microtome.errors import ShapeError
 from microtome.metrics import FeatureStats, decoder_cosine, odds_ratio, variance_gap
 
-__all__ = ["cosine_table", "firing_shift", "frequency_gap_interval", "signals"]
+__all__ = ["cosine_table", "firing_shift", "signals"]
 
 
 def signals(
@@ -112,56 +112,3 @@ def cosine_table(
         columns[name] = np.asarray(decoder_cosine(stages[a], stages[b]))
     d_sae = len(next(iter(columns.values()))) if columns else 0
     return pl.DataFrame({"feature": np.arange(d_sae, dtype=np.int64), **columns})
-
-
-def frequency_gap_interval(
-    spatial_fires: npt.NDArray[np.uint32],
-    spatial_tokens: npt.NDArray[np.uint32],
-    base_fires: npt.NDArray[np.uint32],
-    base_tokens: npt.NDArray[np.uint32],
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean frequency gap of a set of features with a bootstrap interval over clusters (images or samples).
-
-    Tokens of one image are not independent, so whole images are drawn with replacement, on both sides.
-
-    Args:
-        spatial_fires: firings per cluster, summed over the features of the set, (clusters,).
-        spatial_tokens: tokens per cluster times features in the set, (clusters,).
-        base_fires: the same on the general questions.
-        base_tokens: the same on the general questions.
-        level: coverage of the interval.
-        resamples: number of bootstrap draws.
-        seed: seed of the draws.
-
-    Returns:
-        (gap, low, high), percentile interval.
-    """
-    for name, fires, tokens in (
-        ("spatial", spatial_fires, spatial_tokens),
-        ("base", base_fires, base_tokens),
-    ):
-        if len(fires) != len(tokens) or len(fires) == 0:
-            raise ShapeError(
-                f"{name}: expected one count per cluster, found {len(fires)} fires and {len(tokens)} tokens"
-            )
-    rng = np.random.default_rng(seed)
-    draws = _resampled(rng, spatial_fires, spatial_tokens, resamples) - _resampled(
-        rng, base_fires, base_tokens, resamples
-    )
-    gap = spatial_fires.sum() / spatial_tokens.sum() - base_fires.sum() / base_tokens.sum()
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(gap), float(low), float(high)
-
-
-def _resampled(
-    rng: np.random.Generator, fires: npt.NDArray[Any], tokens: npt.NDArray[Any], resamples: int
-) -> npt.NDArray[np.float64]:
-    """Frequencies of ``resamples`` draws of whole clusters."""
-    weights = rng.multinomial(
-        len(fires), np.full(len(fires), 1 / len(fires)), size=resamples
-    )  # (resamples, clusters)
-    return np.asarray((weights @ fires.astype(np.float64)) / (weights @ tokens.astype(np.float64)))
