@@ -97,11 +97,14 @@ fn top(d_sae: usize, n: usize, per_sample: bool, blocks: &[Labelled<'_>], thread
     })
 }
 
-/// (group, list, rank, sample, position, activation) by sorting everything that fires.
+/// (group, feature, rank, sample, position, activation)
 type Top = (u32, u32, u32, u64, u32, f32);
+/// (activation, sample, position)
+type Hit = (f32, u64, u32);
 
+/// The table by sorting everything that fires.
 fn top_definition(s: &Sample, k: usize, n: usize, per_sample: bool) -> Vec<Top> {
-    let mut lists: BTreeMap<(u32, u32), Vec<(f32, u64, u32)>> = BTreeMap::new();
+    let mut lists: BTreeMap<(u32, u32), Vec<Hit>> = BTreeMap::new();
     for (slot, (&f, &h)) in s.indices.iter().zip(&s.values).enumerate().filter(|(_, (_, h))| **h > 0.0) {
         let r = slot / k;
         lists.entry((s.groups[r], f)).or_default().push((h, s.samples[r], s.positions[r]));
