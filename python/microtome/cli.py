@@ -395,11 +395,11 @@ def _open(path: Path) -> ActivationStore:
 
 
 def _show_store(store: ActivationStore) -> None:
-    facts = store.facts
+    model = store.facts.get("model", {})
     _say(f"{store.path}: {store.n_rows:,} rows, {len(store.hooks)} hooks, {store[store.hooks[0]].dtype}")
-    for name in ("model_class", "model", "revision"):
-        if facts.get(name):
-            _say(f"  {name}: {facts[name]}")
+    _say(
+        f"  model: {model.get('class', 'unknown')} {model.get('name') or ''} {model.get('revision') or ''}".rstrip()
+    )
     _say(f"  samples: {_height(store):,}")
     for hook in store.hooks:
         n, d = store[hook].shape
