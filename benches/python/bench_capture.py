@@ -67,17 +67,12 @@ def rows() -> list[dict]:
         wall, cpu = ([with_[i] / without[i] for without, with_ in times] for i in range(2))
         found.append(
             {
-                "bench": f"capture, {name}",
-                "d": 1024,
-                "layers": 8,
-                "tokens": 2 * TOKENS,
-                "plain_s": statistics.median(without[0] for without, _ in times),
-                "wall_ratio": statistics.median(wall),
-                "wall_low": min(wall),
-                "wall_high": max(wall),
+                "name": f"capture, {name}",
+                "shape": f"8 layers, d 1024, {2 * TOKENS} tokens",
+                "peer": "plain forward (cost)",
+                "ratio": statistics.median(wall),
+                "spread": (min(wall), max(wall)),
                 "cpu_ratio": statistics.median(cpu),
-                "cpu_low": min(cpu),
-                "cpu_high": max(cpu),
                 "bar": 1.15,
             }
         )
@@ -86,4 +81,4 @@ def rows() -> list[dict]:
 
 if __name__ == "__main__":
     for row in rows():
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+        print(row)
