@@ -409,3 +409,12 @@ def test_saving_over_a_dictionary_leaves_no_stale_probe_and_no_temporary_file(tm
     dictionary(seed=5, **RECIPES["topk"]).save_to_disk(tmp_path, "saelens")
     assert {path.name for path in tmp_path.iterdir()} == {"cfg.json", "sae_weights.safetensors"}
     mt.SAE.load_from_disk(tmp_path)
+
+
+def test_header_length_that_begins_like_a_pickle_is_read_as_safetensors(tmp_path):
+    from microtome.dictionary.formats.files import Checkpoint, write_safetensors
+
+    for padding in range(0, 256, 8):  # one of these headers has a length of 0x80 modulo 256
+        metadata = {"format": "x", "padding": "y" * padding}
+        file = write_safetensors(tmp_path / f"{padding}.safetensors", {"a": torch.zeros(2)}, metadata)
+        assert Checkpoint(file, {}).metadata == metadata

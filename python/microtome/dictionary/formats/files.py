@@ -39,6 +39,8 @@ class Checkpoint:
     def contents(self) -> tuple[dict[str, Any], dict[str, str]]:
         """What the file holds by name, and the metadata of a safetensors header."""
         head = _head(self.path)
+        if _opens_safetensors(head):  # before pickles: the length of a header may begin with their first byte
+            return _safetensors(self.path)
         if head[:2] == b"PK" and _is_npz(self.path):
             return _npz(self.path), {}
         if head[:2] == b"PK" or head[:1] == b"\x80":
@@ -120,9 +122,14 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _opens_safetensors(head: bytes) -> bool:
+    """Whether a file begins with the length of a header (at most 100 MB) and the header's brace."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
+
+
 def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(8)
+        return file.read(9)
 
 
 def _is_npz(path: Path) -> bool:
