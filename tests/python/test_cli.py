@@ -11,6 +11,7 @@ import torch
 import microtome as mt
 from microtome import organism
 from microtome.evaluation import score
+from microtome.record import read_record
 
 VERBS = ("capture", "info", "verify", "encode", "stats", "cka", "diff", "circuit", "demo")
 
@@ -56,6 +57,15 @@ def test_store_goes_from_info_to_codes_to_tables(store, tmp_path):
     assert microtome("cka", store, "--where", "form = 'visual'", "--out", out).returncode == 0
     diagonal = pl.read_parquet(out).filter(pl.col("hook_a") == pl.col("hook_b"))["cka"]
     assert np.allclose(diagonal, 1)
+
+
+def test_tables_say_what_made_them(store, tmp_path):
+    out = tmp_path / "cka.parquet"
+    assert microtome("cka", store, "--hooks", "blocks.2.*", "--out", out).returncode == 0
+    made, opened = read_record(out), mt.ActivationStore(store)
+    assert made.inputs == {str(store): opened.fingerprint}
+    assert made.parameters == {"hooks": "blocks.2.*", "where": None, "debiased": True}
+    assert made.rows == opened.n_rows
 
 
 def test_config_file_gives_defaults_and_the_command_line_the_last_word(store, tmp_path):
