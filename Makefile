@@ -11,7 +11,7 @@ export PYO3_PYTHON := $(abspath $(BIN)/python)
 export HF_HUB_OFFLINE := 1
 export MPLBACKEND := Agg
 
-.PHONY: help setup build wheel demo test test-rust test-python test-full lint bench bench-rust clean
+.PHONY: help setup build wheel demo test test-rust test-python test-full lint bench bench-rust docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,11 @@ bench: build  ## the table of ratios against torch, numpy, faiss and the CKA pac
 
 bench-rust: $(VENV)/.ready  ## criterion benches of the core
 	cargo bench
+
+docs: $(VENV)/.ready  ## the documentation as a site: target/site/index.html
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file .mkdocs.yml
+	@echo open target/site/index.html
 
 clean:  ## what was built
 	rm -rf $(VENV) target dist demo

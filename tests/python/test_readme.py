@@ -34,3 +34,16 @@ def test_links_lead_somewhere(page):
 def test_examples_of_the_guides_are_python(page):
     for example in examples(page):
         compile(example, str(page), "exec")
+
+
+def test_every_public_name_is_on_the_api_page_of_its_room():
+    import microtome as mt
+
+    rooms = set(
+        re.findall(r"^::: (microtome\.\w+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    )
+    for name in set(mt.__all__) - {"__version__", "errors", "num_threads", "set_num_threads"}:
+        value = getattr(mt, name)
+        room = ".".join(value.__module__.split(".")[:2]) if hasattr(value, "__module__") else value.__name__
+        assert room in rooms, f"{name} lives in {room}"
+        assert value.__doc__, name
