@@ -90,6 +90,7 @@ def test_writing_keeps_the_function_or_is_refused(form, recipe, tmp_path):
     except CheckpointError:
         with pytest.raises(CheckpointError, match=f"save_to_disk: {form}"):
             sae.save_to_disk(tmp_path / "L0_5", form)
+        assert not list(tmp_path.rglob("*.*")), "refused before anything is written"
         return
     again = mt.SAE.load_from_disk(tmp_path / "L0_5")
     assert again.recipe.source == form

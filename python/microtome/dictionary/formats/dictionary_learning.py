@@ -126,8 +126,9 @@ def write(sae: SAE, path: Path) -> Path:
         "submodule_name": made.recipe.metadata.get("submodule_name"),
         "hook_name": made.recipe.hook_name,
     }
+    state = _state(made)  # refuses before anything is written
     write_json(path / "config.json", {"trainer": trainer, "buffer": {}})
-    return write_pickle(path / "ae.pt", _state(made))
+    return write_pickle(path / "ae.pt", state)
 
 
 def _state(sae: SAE) -> dict[str, torch.Tensor]:
