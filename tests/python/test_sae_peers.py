@@ -48,9 +48,12 @@ def exchanged(form: str) -> dict[str, Path | str]:
         np.save(folder / "x.npy", rows().numpy())
         folders[name] = folder
     done = subprocess.run(
-        [sys.executable, PROGRAM, form, *map(str, folders.values())], capture_output=True, text=True, check=False
+        [sys.executable, PROGRAM, form, *map(str, folders.values())],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return folders if done.returncode == 0 else {name: done.stderr[-2000:] for name in folders}
+    return folders if done.returncode == 0 else dict.fromkeys(folders, done.stderr[-2000:])
 
 
 @pytest.mark.parametrize(("form", "recipe"), PAIRS, ids=[f"{form}/{recipe}" for form, recipe in PAIRS])

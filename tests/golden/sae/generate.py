@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from peers import install_stand_ins
+
 HERE = Path(__file__).parent
 D_IN, D_SAE, D_OUT, K, N = 8, 16, 6, 3, 12
 HOOK = "blocks.3.hook_resid_post"
@@ -252,6 +254,7 @@ WRITERS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
+    install_stand_ins()
     for form in sys.argv[1:] or WRITERS:
         WRITERS[form]()
         print("wrote", form)

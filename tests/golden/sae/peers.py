@@ -32,7 +32,17 @@ MODULES = {
 """Format to the module of its library."""
 
 UNUSED = (
-    *("transformer_lens", "datasets", "wandb", "pandas", "requests", "nnsight", "zstandard", "natsort", "schedulefree"),
+    *(
+        "transformer_lens",
+        "datasets",
+        "wandb",
+        "pandas",
+        "requests",
+        "nnsight",
+        "zstandard",
+        "natsort",
+        "schedulefree",
+    ),
     *("json_repair", "gridfs", "pymongo", "bson", "pydantic_settings"),
 )
 """What the libraries import without needing it for any code."""
