@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import microtome as mt  # noqa: E402
 from microtome.dictionary import Recipe  # noqa: E402
-from microtome.errors import CheckpointError, DtypeError, NonFiniteError, ShapeError  # noqa: E402
+from microtome.errors import CheckpointError, DtypeError, HookError, NonFiniteError, ShapeError  # noqa: E402
 
 D, F, K, N = 12, 40, 5, 64
 
@@ -335,6 +335,41 @@ def test_rows_of_another_width_are_refused_with_both_sides_named():
             path(torch.zeros(4, D + 1))
     with pytest.raises(ShapeError, match="expected 40 features"):
         sae.decode(torch.zeros(4, F + 1))
+
+
+class Captured:
+    """Rows with the name of the hook that they come from, as a store gives them."""
+
+    def __init__(self, hook: str) -> None:
+        self.hook, self.x = hook, rows()
+        self.shape = tuple(self.x.shape)
+
+
+@pytest.mark.parametrize(
+    ("hook", "fits"),
+    [
+        ("blocks.3.hook_resid_post", True),
+        ("blocks.4.hook_resid_pre", True),
+        ("model.layers.7", True),  # another spelling says nothing
+        ("blocks.4.hook_resid_post", False),
+        ("blocks.3.hook_resid_pre", False),
+        ("blocks.3.hook_mlp_out", False),
+    ],
+)
+def test_activations_of_another_hook_are_refused_with_both_sides_named(hook, fits):
+    from microtome.dictionary.checks import check_rows
+
+    recipe = dictionary(**RECIPES["topk"], hook_name="blocks.3.hook_resid_post").recipe
+    if fits:
+        check_rows(Captured(hook), recipe, D)
+        return
+    with pytest.raises(
+        HookError, match=rf"expected activations of blocks\.3\.hook_resid_post, .* found {hook}"
+    ):
+        check_rows(Captured(hook), recipe, D)
+    sae = dictionary(**RECIPES["topk"], hook_name="blocks.3.hook_resid_post")
+    with pytest.raises(HookError, match="x: expected activations of"):
+        sae.encode(Captured(hook))
 
 
 def test_unknown_field_of_a_recipe_is_refused():

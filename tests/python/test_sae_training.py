@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,14 +14,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import microtome as mt  # noqa: E402
+from microtome import _core  # noqa: E402
 from microtome.dictionary import TrainConfig, train_layers, train_sae  # noqa: E402
 from microtome.dictionary.train import checkpoint  # noqa: E402
 from microtome.dictionary.train.data import BatchReader, RowSource, Shuffle  # noqa: E402
 from microtome.dictionary.train.sparse import topk_autoencode  # noqa: E402
 from microtome.dictionary.train.start import geometric_median  # noqa: E402
-from microtome.errors import CheckpointError, NonFiniteError, ShapeError  # noqa: E402
+from microtome.errors import CheckpointError, HookError, NonFiniteError, ShapeError  # noqa: E402
 
 D, PLANTED = 16, 24
+HOOK = "blocks.1.hook_resid_post"
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +54,7 @@ def config(**changes) -> TrainConfig:
 class Stored:
     """Rows with a table, read the way a store's activations are."""
 
-    hook = "blocks.1.hook_resid_post"
+    hook = HOOK
 
     def __init__(self, x: torch.Tensor, table: pl.DataFrame) -> None:
         self.x, self.table, self.shape = x, table, tuple(x.shape)
@@ -340,6 +344,55 @@ def test_base_of_another_width_is_refused_with_both_sides():
     base = train_sae(x, config(steps=2)).sae
     with pytest.raises(ShapeError, match="expected a dictionary of width 15 as the rows, found d_in=16"):
         train_sae(x[:, :15], config(steps=2), base=base)
+
+
+def test_base_of_another_hook_is_refused_with_both_sides(tmp_path):
+    acts = stored()
+    base = train_sae(acts, config(steps=2)).sae
+    other = base.with_tensors(base.tensors, base.recipe.replace(hook_name="blocks.2.hook_resid_post"))
+    with pytest.raises(
+        HookError, match=r"base: .* blocks\.2\.hook_resid_post, .* found blocks\.1\.hook_resid_post"
+    ):
+        train_sae(acts, config(steps=2), base=other)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))  # noqa: SIM115, PTH123
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_of_training_does_not_grow_with_the_store(tmp_path):
+    used = {}
+    for n in (4_000, 20_000, 200_000):  # the first run warms the allocator up
+        store_of(tmp_path / str(n), n)
+        acts, peak = mt.ActivationStore(tmp_path / str(n))[HOOK], []
+        told = config(steps=12, eval_rows=64, b_dec_init="zeros", shuffle_pool_rows=8_192)
+        train_sae(acts, told, on_step=lambda *_, peak=peak: peak.append(anonymous_bytes()))
+        used[n] = max(peak)
+    grown, stored_bytes = used[200_000] - used[20_000], 180_000 * 256 * 4
+    assert grown < stored_bytes / 6  # row numbers and the sample of each row, never the rows
+
+
+def store_of(path: Path, n: int, d: int = 256) -> None:
+    """A store of ``n`` float32 rows of width ``d``, 100 to a sample."""
+    x = np.random.default_rng(0).standard_normal((n, d), dtype=np.float32)
+    number = np.arange(n)
+    column = lambda values, dtype: values.astype(dtype)  # noqa: E731
+    table = {
+        "sample": column(number // 100, np.uint64),
+        "position": column(number % 100, np.uint32),
+        "token_id": column(number % 7, np.uint32),
+        "kind": column(number * 0, np.uint8),
+        "special": column(number * 0, np.uint8),
+    }
+    samples = io.BytesIO()
+    ids = np.unique(table["sample"])
+    pl.DataFrame({"sample": ids, "id": [str(i) for i in ids]}).write_parquet(samples)
+    with _core.StoreWriter(str(path), hooks=[(HOOK, d, "tokens")], dtype="float32", facts="{}") as writer:
+        writer.append("tokens", table, {HOOK: x})
+        writer.commit(samples.getvalue())
 
 
 def test_layers_are_trained_named_saved_and_not_trained_twice(tmp_path):

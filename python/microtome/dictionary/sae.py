@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microtome.dictionary import folds, forward, weights
+from microtome.dictionary import checks, folds, forward, weights
+from microtome.dictionary.module import SAEModule
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError, DtypeError, ShapeError
 
@@ -175,10 +176,11 @@ class SAE:
 
         Raises:
             ShapeError: rows of another width; the message names both.
+            HookError: activations of a store at another hook than the dictionary's.
         """
         from microtome.dictionary import encoding
 
-        self._check_width(x)
+        checks.check_rows(x, self.recipe, self.d_in)
         return encoding.encode(self, x)
 
     def packed(self) -> PackedEncoder:
@@ -196,7 +198,7 @@ class SAE:
 
     def encode_torch(self, x: Any) -> Tensor:
         """The same codes in torch: dense ``(n, d_sae)``, on the dictionary's device, differentiable."""
-        self._check_width(x)
+        checks.check_rows(x, self.recipe, self.d_in)
         return forward.encode_dense(self._rows(x), self.tensors, self.recipe)
 
     def decode(self, codes: Any, x: Any = None) -> Tensor:
@@ -264,7 +266,7 @@ class SAE:
         Raises:
             CheckpointError: the dictionary has no ``k``.
         """
-        self._check_width(x)
+        checks.check_rows(x, self.recipe, self.d_in)
         blocks = weights.rows_of(x, _BLOCK_ROWS)
         return self.with_tensors(*folds.to_jumprelu(self.tensors, self.recipe, blocks, int(x.shape[0])))
 
@@ -298,8 +300,7 @@ class SAE:
 
         Raises:
             CheckpointError: L0 is off by more than 1 %, or FVU by more than 1e-3: the weights are read in
-                another way than they
-                were written.
+                another way than they were written.
         """
         if self.probe is None:
             return {}
@@ -327,8 +328,7 @@ class SAE:
         """A dictionary from a file or folder of any known format, told by its keys.
 
         Formats: ``microtome``, ``saelens``, ``sparsify``, ``dictionary_learning``, ``llama_scope``,
-            ``llamascopium``, ``gemma_scope``,
-        ``gemma_scope_2``, ``qwen_scope``, ``goodfire``, ``circuit_tracer``.
+        ``llamascopium``, ``gemma_scope``, ``gemma_scope_2``, ``qwen_scope``, ``goodfire``, ``circuit_tracer``.
 
         Args:
             path: the file, or the folder with weights and configuration.
@@ -369,34 +369,3 @@ class SAE:
                 "x: expected float32, float16 or bfloat16, found float64. Cast it, e.g. .float()"
             )
         return rows.to(self.device, self.W_enc.dtype)
-
-    def _check_width(self, x: Any) -> None:
-        shape = tuple(x.shape)
-        if len(shape) != 2 or shape[1] != self.d_in:
-            hook = f" for {self.recipe.hook_name}" if self.recipe.hook_name else ""
-            raise ShapeError(
-                f"x: expected rows (n, {self.d_in}) as in this dictionary{hook}, found shape {shape}"
-            )
-
-
-class SAEModule(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
-    """A dictionary as a torch module; its parameters are the dictionary's own tensors."""
-
-    def __init__(self, sae: SAE) -> None:
-        super().__init__()
-        self.recipe = sae.recipe
-        self.tensors = torch.nn.ParameterDict(
-            {name: torch.nn.Parameter(tensor) for name, tensor in sae.tensors.items()}
-        )
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Dense codes ``(n, d_sae)`` of rows ``(n, d_in)``."""
-        return forward.encode_dense(x, dict(self.tensors.items()), self.recipe)
-
-    def decode(self, codes: Tensor, x: Tensor | None = None) -> Tensor:
-        """Reconstruction ``(n, d_out)`` of dense codes."""
-        return forward.decode_dense(codes, dict(self.tensors.items()), self.recipe, x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction ``(n, d_out)`` of rows ``(n, d_in)``."""
-        return self.decode(self.encode(x), x)

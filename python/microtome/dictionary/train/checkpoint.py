@@ -1,8 +1,7 @@
 """A run on disk: one safetensors file per checkpoint, from which it goes on as if it had never stopped.
 
 Kept: weights, both moments of Adam, what the features did, and the curves. The order of rows and every other
-    draw are functions of the seed
-and the step, so there is no generator to keep.
+draw are functions of the seed and the step, so there is no generator to keep.
 """
 
 from __future__ import annotations

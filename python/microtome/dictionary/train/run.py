@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from microtome.dictionary import forward
+from microtome.dictionary.checks import check_hook
 from microtome.dictionary.train import checkpoint
 from microtome.dictionary.train.config import TrainConfig
 from microtome.dictionary.train.data import BatchReader, RowSource, Shuffle
@@ -90,6 +91,7 @@ def train_sae(
 
     Raises:
         ShapeError: no rows, rows that are no matrix, a base of another width, an expression over an array.
+        HookError: a base of another hook than the activations'.
         NonFiniteError: NaN or infinity among the rows, or a loss that became so.
         CheckpointError: a checkpoint of another configuration or other rows.
 
@@ -114,6 +116,8 @@ def train_rows(
     parts: int = 1,
 ) -> TrainResult:
     """See :func:`train_sae`; ``parts`` is the number of models that a row is put together from."""
+    if base is not None:
+        check_hook(acts, base.recipe, "base")
     source = RowSource(acts, config.loss_where)
     training, held_out = source.split(config.eval_fraction, config.seed)
     total = config.total_steps(len(training))
