@@ -68,6 +68,7 @@ impl Encoder {
         let plan = self.inner.dictionary().plan();
         let screen = match plan.screen() {
             Screen::Bytes => "int8",
+            Screen::Words => "int16",
             Screen::BrainFloats => "bfloat16",
             Screen::Floats => "float32",
         };

@@ -42,7 +42,7 @@ class EncodeReport:
     isa: str
     """Instruction path: plain, neon, avx2, avx512, avx512bf16 or avx512vnni."""
     screen: str
-    """Arithmetic of the screen: int8, bfloat16 or float32."""
+    """Arithmetic of the screen: int8, int16, bfloat16 or float32."""
 
 
 class TopKEncoder:

@@ -18,7 +18,9 @@
 
 use std::ops::{Deref, DerefMut};
 
-use super::gemm::isa::{Isa, Path};
+use super::gemm::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::gemm::isa::Path;
 use crate::error::Result;
 
 /// Columns of a panel.

@@ -1,6 +1,8 @@
 //! Dot products: the exact one that decides every result, and the f32 ones that screen where nothing faster fits.
 
-use super::isa::{Isa, Path, per_isa};
+#[cfg(target_arch = "x86_64")]
+use super::isa::Path;
+use super::isa::{Isa, per_isa};
 use super::tile::{COLS, ROWS};
 
 /// Partial sums of [`dot`]. Part of the definition of a score: changing it changes last bits.

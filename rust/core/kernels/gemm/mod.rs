@@ -1,8 +1,9 @@
 //! Products of rows with a packed dictionary whose epilogue selects: no matrix of scores is ever written.
 //!
-//! 1. [`pack`] rounds every feature once, and every block of rows once, to 8-bit integers (or bf16), and measures what
-//!    the rounding leaves out ([`quantize`]).
-//! 2. A micro-kernel ([`avx512`], or [`dot`] in f32 elsewhere) makes a [`tile`] of upper bounds of scores.
+//! 1. Every feature is rounded once ([`features`]), and every block of rows ([`strips`]), to integers of 8 or 16 bits or to
+//!    bf16, as the [`plan`] says for the processor and the width, and what the rounding leaves out is measured
+//!    ([`quantize`]).
+//! 2. A micro-kernel ([`avx512`], [`avx2`], or [`dot`] in f32 elsewhere) makes a [`tile`] of upper bounds of scores.
 //! 3. [`select`] keeps the features whose bound reaches the row's threshold, scores those in f64 ([`dot::dot`]) and raises
 //!    the threshold to the k-th best real score so far. What was dropped is provably no member.
 //!
@@ -14,8 +15,7 @@
 //! [`select::Dictionary::select`] then finds, for each row of a block, the k best features, also of negative score:
 //!
 //! ```
-//! use microtome_core::kernels::gemm::select::{Dictionary, Space, Wanted};
-//! use microtome_core::kernels::gemm::pack::{Certificate, Plan, Terms};
+//! use microtome_core::kernels::gemm::{Certificate, Dictionary, Plan, Space, Terms, Wanted};
 //!
 //! let features = vec![1.0_f32, 0.0, 0.0, 1.0, 0.6, 0.8]; // three of width 2
 //! let plan = Plan::new(2, Certificate::Deterministic, None)?;
@@ -32,15 +32,24 @@
 #![allow(clippy::inline_always)]
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(test)]
+mod certificates;
 pub mod dot;
+pub mod features;
 pub mod isa;
-pub mod pack;
+mod pairs;
+mod pass;
+pub mod plan;
 pub mod quantize;
 pub mod rotate;
 pub mod select;
+pub mod strips;
 pub mod tile;
 
+pub use features::{Panel, Terms};
 pub use isa::Isa;
-pub use pack::{Certificate, Panel, Plan, Screen, Terms};
+pub use plan::{Certificate, Plan, Screen};
 pub use select::{Dictionary, Scored, Space, Wanted};

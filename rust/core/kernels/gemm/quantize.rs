@@ -1,6 +1,7 @@
 //! Rounding with a receipt: few bits per element, and a bound on what they leave out of every inner product.
 //!
-//! A row becomes `x = x_q + e_x`, a feature `w = w_q + e_w`, with `x_q`, `w_q` on a grid of 8-bit integers or bf16. Then
+//! A row becomes `x = x_q + e_x`, a feature `w = w_q + e_w`, with `x_q`, `w_q` on a grid of 8-bit or 16-bit integers, or
+//! bf16. Then
 //!
 //! ```text
 //! |x·w − x_q·w_q|  =  |e_x·w + x_q·e_w|  ≤  |e_x| |w| + |x_q| |e_w|          (Cauchy–Schwarz, with the norms measured)
@@ -13,7 +14,8 @@
 //! P( |e_x·w| ≥ step · h · |w| ) ≤ 2 exp(−2h²),
 //! ```
 //!
-//! which does not grow with the width. [`FAILURE`] is the probability granted per inner product.
+//! which does not grow with the width. [`FAILURE`] is the probability granted per inner product. 16-bit words need no luck:
+//! scaled so that sums of products just fit into 32 bits, they leave out some 1e-4 of a norm.
 
 use super::isa::per_isa;
 
@@ -26,6 +28,14 @@ const TOP: f32 = 127.0;
 const TINY: f32 = 1e-30;
 /// Adding it rounds a float of magnitude below 2^22 to an integer, ties to even.
 const MAGIC: f32 = 12_582_912.0;
+
+/// Norm that a vector of words is scaled to, at most. With half a step per element on top it stays below `2^15.5` up to width
+/// [`WIDEST_WORDS`], so that a sum of products, and every part of one, stays below `2^31` by Cauchy–Schwarz.
+const WORD_NORM: f64 = 46_000.0;
+/// Largest magnitude of a rounded word.
+const TOP_WORD: f64 = 32_767.0;
+/// Width up to which sums of products of words fit into 32 bits.
+pub const WIDEST_WORDS: usize = 1 << 18;
 
 /// `h` of the module documentation; two roundings share [`FAILURE`].
 pub fn hoeffding() -> f64 {
@@ -105,6 +115,36 @@ per_isa! {
 }
 
 #[inline(always)]
+fn words_body<const FUSED: bool>(v: &[f32], norm: f64, to: &mut [i16]) -> Rounding {
+    let top = f64::from(v.iter().fold(0.0_f32, |top, v| if v.abs() > top { v.abs() } else { top }));
+    let grid = (norm / WORD_NORM).max(top / TOP_WORD);
+    // The next float: a step that is too small by its rounding would let the largest element leave the range.
+    let (step, inverse) = if grid < f64::from(TINY) { (0.0, 0.0) } else { (up(grid), (1.0 / grid) as f32) };
+    let inverse = if step > 0.0 { inverse.next_down() } else { inverse };
+    let mut squares = [0.0_f32; 16];
+    for (v, to) in v.chunks(16).zip(to.chunks_mut(16)) {
+        for (l, (v, to)) in v.iter().zip(to).enumerate() {
+            let q = (v * inverse + MAGIC) - MAGIC;
+            let e = v - q * step;
+            squares[l] += e * e;
+            *to = q as i32 as i16;
+        }
+    }
+    let mut rounding = Rounding::certain(step, squares);
+    // `q · step` has up to 15 bits more than a byte's, and its rounding may hide that much of the residual.
+    rounding.residual += norm * 2.0_f64.powi(-23);
+    rounding.share = rounding.residual;
+    rounding
+}
+
+per_isa! {
+    /// Rounds `v` of norm `norm` to signed 16-bit integers, on a grid as fine as exact sums of 32 bits allow.
+    ///
+    /// The grid is set by the norm, not by the largest element: outlier dimensions do not coarsen it.
+    pub fn words(v: &[f32], norm: f64, to: &mut [i16]) -> Rounding = words_body;
+}
+
+#[inline(always)]
 fn brain_floats_body<const FUSED: bool>(v: &[f32], to: &mut [u16]) -> Rounding {
     let mut squares = [0.0_f32; 16];
     for (v, to) in v.chunks(16).zip(to.chunks_mut(16)) {
@@ -126,6 +166,17 @@ per_isa! {
     pub fn brain_floats(v: &[f32], to: &mut [u16]) -> Rounding = brain_floats_body;
 }
 
+/// The next f32 above `v`, or `v` where it is one.
+pub fn up(v: f64) -> f32 {
+    let rounded = v as f32;
+    if f64::from(rounded) < v { rounded.next_up() } else { rounded }
+}
+
+/// The next f32 below `v`, or `v` where it is one.
+pub fn down(v: f64) -> f32 {
+    -up(-v)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Isa;
@@ -144,6 +195,43 @@ mod tests {
                 .sum();
             assert!(error.sqrt() <= r.residual && r.residual < f64::from(r.step) * 10.0);
         }
+    }
+
+    /// One element larger by `outlier` than the rest.
+    fn with_outlier(d: usize, outlier: f32) -> Vec<f32> {
+        let mut v: Vec<f32> = (0..d).map(|i| ((i * 37 + 11) % 101) as f32 / 50.0 - 1.0).collect();
+        v[d / 2] = outlier;
+        v
+    }
+
+    #[test]
+    fn words_and_step_give_the_vector_back_within_the_residual_whatever_the_outliers() {
+        for (d, outlier) in [(1, 1.0), (7, -2.0), (512, 1.0), (512, 1e4), (4096, -30.0), (100, 0.0)] {
+            let v = with_outlier(d, outlier);
+            let norm = v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+            for isa in Isa::available() {
+                let mut q = vec![0; d];
+                let r = words(isa, &v, norm, &mut q);
+                let square = |v: f64| v * v;
+                let error: f64 = v
+                    .iter()
+                    .zip(&q)
+                    .map(|(v, q)| square(f64::from(*v) - f64::from(*q) * f64::from(r.step)))
+                    .sum();
+                assert!(error.sqrt() <= r.residual && r.residual <= norm * 1e-3, "{isa:?} d={d} {outlier}");
+                let size: i64 = q.iter().map(|q| i64::from(*q).pow(2)).sum();
+                assert!(size < 1 << 31, "{isa:?}: products of two such vectors leave 32 bits");
+            }
+        }
+    }
+
+    #[test]
+    fn words_of_the_widest_vectors_keep_their_products_within_32_bits() {
+        let v = with_outlier(WIDEST_WORDS, 1.0);
+        let norm = v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let mut q = vec![0; v.len()];
+        words(Isa::PLAIN, &v, norm, &mut q);
+        assert!(q.iter().map(|q| i64::from(*q).pow(2)).sum::<i64>() < 1 << 31);
     }
 
     #[test]

@@ -7,44 +7,33 @@
 //!    real score, for which the `k` most promising candidates are scored in f64;
 //! 3. drop the candidates whose bound no longer reaches it.
 //!
-//! After the last range the candidates that are left are scored, the `k` most promising ones first. Wide rows are
-//! bounded a second time before they are scored, in bf16 and pair by pair, which leaves few more than the members. Scoring goes feature by feature, so that each
-//! feature is read once per block. A row that fills its space although its threshold was raised has defeated the screen;
-//! it is screened again in f32, and in the last resort scored against every feature.
+//! After the last range the candidates that are left are scored, the `k` most promising ones first. Wide rows under bytes
+//! are bounded a second time before they are scored, in bf16 and pair by pair, which leaves few more than the members.
+//! Scoring goes feature by feature, so that each feature is read once per block. A row that fills its space although its
+//! threshold was raised has defeated the screen; it is screened again in f32, and in the last resort scored against every
+//! feature.
 
-use std::ops::Range;
-
-use super::dot::{Group, dot, dots_of, half_dots_of};
-use super::isa::Isa;
-use super::pack::{Halves, Panel, Plan, Slack, Strips, down};
-use super::tile::{COLS, ROWS, Tile};
+use super::dot::dot;
+use super::features::{Panel, Slack};
+use super::pass::Bench;
+use super::plan::Plan;
+use super::quantize::down;
+use super::tile::COLS;
 pub use crate::kernels::topk::Scored;
-use crate::kernels::topk::{Candidate, keep_best, promising_first};
+use crate::kernels::topk::keep_best;
 
-/// Bytes of panels that stay in the second-level cache while the strips pass.
-const GROUP_BYTES: usize = 256 << 10;
-/// Features of the first range; each further one ends four times as far.
-const FIRST_RANGE: usize = 512;
-/// Space of a row, in candidates per member wanted.
-const SPACE_PER_MEMBER: usize = 16;
-/// Smallest space of a row.
-const SMALLEST_SPACE: usize = 1280;
-/// Candidates per member that may wait while bounds alone raise the threshold.
-const WAITING_PER_MEMBER: usize = 6;
-/// Scores per member that a row collects before it keeps the best.
-const SCORES_PER_MEMBER: usize = 4;
 /// Sums of products below the range of f32 lose at most this, per unit of the largest feature weight.
 const UNDERFLOW: f64 = 1e-32;
 
 /// A packed dictionary: features in panels, ready to be searched.
 #[derive(Debug)]
 pub struct Dictionary {
-    plan: Plan,
-    panels: Vec<Panel>,
-    n_features: usize,
-    largest_norm: f64,
-    largest_slack: Slack,
-    largest_half_slack: Slack,
+    pub(super) plan: Plan,
+    pub(super) panels: Vec<Panel>,
+    pub(super) n_features: usize,
+    pub(super) largest_norm: f64,
+    pub(super) largest_slack: Slack,
+    pub(super) largest_half_slack: Slack,
     underflow: f64,
 }
 
@@ -99,47 +88,6 @@ impl Space {
         &self.found[i]
     }
 }
-
-/// Memory of one pass.
-#[derive(Debug, Default)]
-struct Bench {
-    strips: Strips,
-    /// `room` entries per row.
-    candidates: Vec<Candidate>,
-    counts: Vec<usize>,
-    escaped: Vec<bool>,
-    halves: Halves,
-    /// Candidates of each row with their second bounds.
-    refined: Vec<Vec<Candidate>>,
-    pairs: Pairs,
-}
-
-/// Pairs to be scored, and their order by feature.
-#[derive(Debug, Default)]
-struct Pairs {
-    listed: Vec<(u32, u32)>,
-    starts: Vec<u32>,
-    /// Row and feature of every pair, in order.
-    rows: Vec<u32>,
-    features: Vec<u32>,
-    products: Vec<f64>,
-    half_products: Vec<f32>,
-}
-
-/// One screen over all features for one block of rows.
-struct Pass<'a> {
-    dictionary: &'a Dictionary,
-    x: &'a [f32],
-    wanted: Wanted,
-    floats: bool,
-    /// The path of the second bounds, where there are any.
-    refines: Option<Isa>,
-    room: usize,
-    bench: &'a mut Bench,
-    found: &'a mut [Vec<Scored>],
-    scored: u64,
-}
-
 impl Dictionary {
     /// The dictionary of `panels`, which `plan` has packed; all but the last are full.
     pub fn new(plan: Plan, panels: Vec<Panel>) -> Self {
@@ -201,38 +149,6 @@ impl Dictionary {
         }
     }
 
-    /// One screen; returns the rows that defeated it and the number of pairs scored.
-    fn pass(
-        &self,
-        x: &[f32],
-        wanted: Wanted,
-        floats: bool,
-        bench: &mut Bench,
-        found: &mut [Vec<Scored>],
-    ) -> (Vec<usize>, u64) {
-        let n = x.len() / self.plan.d();
-        let wished = if let Wanted::Best { k, .. } = wanted { k * SPACE_PER_MEMBER } else { 0 };
-        let room = wished.max(SMALLEST_SPACE).min(self.n_features) + COLS;
-        bench.counts.clear();
-        bench.counts.resize(n, 0);
-        bench.escaped.clear();
-        bench.escaped.resize(n, false);
-        bench.candidates.resize(bench.candidates.len().max(n * room), Candidate::default());
-        for i in self.plan.strips(x, self.largest_norm, floats, &mut bench.strips) {
-            bench.escaped[i] = true;
-        }
-        bench.refined.resize_with(n.max(bench.refined.len()), Vec::new);
-        bench.refined.iter_mut().for_each(Vec::clear);
-        let refines = self.plan.refines().filter(|_| !floats && matches!(wanted, Wanted::Best { .. }));
-        if let Some(isa) = refines {
-            self.plan.halve(isa, x, &mut bench.halves);
-        }
-        let mut pass = Pass { dictionary: self, x, wanted, floats, refines, room, bench, found, scored: 0 };
-        pass.run();
-        let scored = pass.scored;
-        ((0..n).filter(|&i| bench.escaped[i]).collect(), scored)
-    }
-
     /// Scores every feature for one row.
     fn score_all(&self, x: &[f32], wanted: Wanted, found: &mut Vec<Scored>) {
         found.clear();
@@ -248,7 +164,7 @@ impl Dictionary {
     }
 
     /// The score of feature `j` given its inner product, where it is wanted at all.
-    fn admit(&self, j: usize, product: f64, wanted: Wanted) -> Option<Scored> {
+    pub(super) fn admit(&self, j: usize, product: f64, wanted: Wanted) -> Option<Scored> {
         let (panel, c) = (&self.panels[j / COLS], j % COLS);
         let activation = product + panel.bias[c];
         let rank = activation * panel.weight[c];
@@ -262,12 +178,12 @@ impl Dictionary {
     }
 
     /// What an upper bound must reach so that the real score may be `score`.
-    fn bar(&self, score: f64) -> f32 {
+    pub(super) fn bar(&self, score: f64) -> f32 {
         down(score - self.underflow)
     }
 
     /// The bar of a row of which nothing is known yet; for a row of zeros the bounds are the biases, exactly.
-    fn lowest_bar(&self, wanted: Wanted, zeros: bool) -> f32 {
+    pub(super) fn lowest_bar(&self, wanted: Wanted, zeros: bool) -> f32 {
         match wanted {
             Wanted::Best { positive: false, .. } => f32::MIN,
             Wanted::AtLeast(least) => self.bar(least),
@@ -276,306 +192,13 @@ impl Dictionary {
         }
     }
 }
-
-impl Pass<'_> {
-    fn run(&mut self) {
-        for r in 0..self.found.len() {
-            let line = &self.bench.strips.lines[r / ROWS];
-            let zeros = line.norm[r % ROWS] == 0.0;
-            self.set_bar(r, self.dictionary.lowest_bar(self.wanted, zeros));
-        }
-        let ranges = self.ranges();
-        for (i, range) in ranges.iter().enumerate() {
-            self.sweep(range.clone());
-            if let Wanted::Best { k, .. } = self.wanted {
-                let last = i + 1 == ranges.len();
-                for row in 0..self.found.len() {
-                    if last || !self.raise_bar_by_bounds(row, k) {
-                        self.put_promising_first(row, k);
-                        self.list(row, k.min(self.bench.counts[row]));
-                    }
-                }
-                self.bound_or_score_listed(k);
-            }
-        }
-        for r in 0..self.found.len() {
-            self.list(r, self.bench.counts[r]);
-        }
-        if let Wanted::Best { k, .. } = self.wanted {
-            self.bound_or_score_listed(k);
-            for (row, refined) in self.bench.refined.iter_mut().enumerate() {
-                self.bench.pairs.listed.extend(refined.drain(..).map(|c| (c.feature, row as u32)));
-            }
-        }
-        self.score_listed();
-        self.found.iter_mut().for_each(|found| finish(found, self.wanted));
-    }
-
-    /// Ranges of panels between which thresholds are raised.
-    fn ranges(&self) -> Vec<Range<usize>> {
-        let n = self.dictionary.panels.len();
-        let Wanted::Best { k, .. } = self.wanted else { return std::iter::once(0..n).collect() };
-        let mut ends = vec![0];
-        let mut end = FIRST_RANGE.max(4 * k) / COLS;
-        while end < n {
-            ends.push(end);
-            end *= 4;
-        }
-        ends.push(n);
-        ends.windows(2).map(|w| w[0]..w[1]).collect()
-    }
-
-    fn sweep(&mut self, range: Range<usize>) {
-        let plan = &self.dictionary.plan;
-        let group = (GROUP_BYTES / plan.panel_bytes(self.floats).max(1)).max(1);
-        let mut tile = Tile::default();
-        for start in range.clone().step_by(group) {
-            for s in 0..self.bench.strips.lines.len() {
-                for p in start..range.end.min(start + group) {
-                    let panel = &self.dictionary.panels[p];
-                    plan.tile(self.x, &self.bench.strips, s, panel, self.floats, &mut tile);
-                    self.harvest(s, p, &tile);
-                }
-            }
-        }
-    }
-
-    /// Takes the hits of a tile into the rows' candidates.
-    fn harvest(&mut self, s: usize, p: usize, tile: &Tile) {
-        let valid = u32::MAX >> (COLS - self.dictionary.panels[p].rows.len() / self.dictionary.plan.d());
-        for (r, (upper, hits)) in tile.upper.iter().zip(tile.hits).enumerate() {
-            let (row, mut hits) = (s * ROWS + r, hits & valid);
-            if hits == 0 || row >= self.found.len() || self.bench.escaped[row] {
-                continue;
-            }
-            let (start, mut count) = (row * self.room, self.bench.counts[row]);
-            while hits != 0 {
-                let c = hits.trailing_zeros() as usize;
-                hits &= hits - 1;
-                let feature = (p * COLS + c) as u32;
-                self.bench.candidates[start + count] = Candidate { upper: upper[c], feature };
-                count += 1;
-            }
-            self.bench.counts[row] = count;
-            if count + COLS > self.room && p + 1 < self.dictionary.panels.len() {
-                self.relieve(row);
-            }
-        }
-    }
-
-    /// Makes room in a full row: scores candidates at once, or gives the row up.
-    fn relieve(&mut self, row: usize) {
-        let Wanted::Best { k, .. } = self.wanted else {
-            return self.score_now(row, self.bench.counts[row]);
-        };
-        self.put_promising_first(row, k);
-        self.score_now(row, k.min(self.bench.counts[row]));
-        self.raise_bar(row, k);
-        if self.bench.counts[row] > self.room - self.room / 4 {
-            self.bench.escaped[row] = true;
-            self.bench.refined[row].clear();
-            self.bench.counts[row] = 0;
-            self.set_bar(row, f32::INFINITY);
-        }
-    }
-
-    fn put_promising_first(&mut self, row: usize, k: usize) {
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        promising_first(candidates, k);
-    }
-
-    /// Bounds the listed pairs a second time where the plan does so, else scores them; then raises the thresholds.
-    fn bound_or_score_listed(&mut self, k: usize) {
-        if let Some(isa) = self.refines {
-            self.refine_listed(isa);
-            (0..self.found.len()).for_each(|row| self.raise_bar_by_refined(row, k));
-        } else {
-            self.score_listed();
-            (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
-        }
-    }
-
-    /// Gives the listed pairs their second bounds, feature by feature.
-    fn refine_listed(&mut self, isa: Isa) {
-        let (dictionary, bench) = (self.dictionary, &mut *self.bench);
-        let (pairs, d) = (&mut bench.pairs, dictionary.plan.d());
-        pairs.sort(dictionary.n_features);
-        let half = |j: usize| dictionary.panels[j / COLS].half(j % COLS, d);
-        let mut start = 0;
-        while start < pairs.rows.len() {
-            let (feature, end) = pairs.group(start);
-            let next = if end < pairs.rows.len() { pairs.group(end).0 } else { feature };
-            let group =
-                Group { w: half(feature), next: half(next), rows: &pairs.rows[start..], len: end - start };
-            pairs.half_products.resize(group.len, 0.0);
-            half_dots_of(isa, group, &bench.halves.x, &mut pairs.half_products);
-            for (&row, &sum) in group.rows.iter().zip(&pairs.half_products) {
-                let (panel, row) = (&dictionary.panels[feature / COLS], row as usize);
-                let upper = panel.refined(feature % COLS, &bench.halves, row, sum);
-                if reaches(upper, bench.strips.lines[row / ROWS].threshold[row % ROWS]) {
-                    bench.refined[row].push(Candidate { upper, feature: feature as u32 });
-                }
-            }
-            start = end;
-        }
-        pairs.listed.clear();
-    }
-
-    /// Raises the threshold of a row to its k-th largest lower bound of the second kind.
-    fn raise_bar_by_refined(&mut self, row: usize, k: usize) {
-        let refined = &mut self.bench.refined[row];
-        if refined.len() < k || self.bench.escaped[row] {
-            return;
-        }
-        promising_first(refined, k - 1);
-        let gap = self.bench.halves.gap(self.dictionary.largest_half_slack, row);
-        let bar = self.dictionary.bar(f64::from(refined[k - 1].upper) - gap);
-        refined.retain(|c| reaches(c.upper, bar));
-        self.drop_below(row, bar);
-    }
-
-    /// Raises the threshold of a row to its k-th largest lower bound, if few candidates remain above that.
-    fn raise_bar_by_bounds(&mut self, row: usize, k: usize) -> bool {
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        if candidates.len() < k || !self.found[row].is_empty() || !self.bench.refined[row].is_empty() {
-            return false;
-        }
-        promising_first(candidates, k - 1);
-        let line = &self.bench.strips.lines[row / ROWS];
-        let gap =
-            self.dictionary.largest_slack.gap(line.slack[row % ROWS], line.norm[row % ROWS], self.floats);
-        let bar = self.dictionary.bar(f64::from(candidates[k - 1].upper) - gap);
-        let reaching = candidates.iter().filter(|c| reaches(c.upper, bar)).count();
-        if reaching > WAITING_PER_MEMBER * k {
-            return false;
-        }
-        self.drop_below(row, bar);
-        true
-    }
-
-    /// Moves the first `m` candidates of a row to the pairs to be scored.
-    fn list(&mut self, row: usize, m: usize) {
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        self.bench.pairs.listed.extend(candidates[..m].iter().map(|c| (c.feature, row as u32)));
-        candidates.copy_within(m.., 0);
-        self.bench.counts[row] -= m;
-    }
-
-    /// Scores the first `m` candidates of one row, and removes them.
-    fn score_now(&mut self, row: usize, m: usize) {
-        let d = self.dictionary.plan.d();
-        let x = &self.x[row * d..(row + 1) * d];
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        for candidate in &candidates[..m] {
-            let j = candidate.feature as usize;
-            let product = dot(self.dictionary.plan.isa(), x, self.dictionary.feature(j));
-            self.found[row].extend(self.dictionary.admit(j, product, self.wanted));
-        }
-        candidates.copy_within(m.., 0);
-        self.bench.counts[row] -= m;
-        self.scored += m as u64;
-    }
-
-    /// Scores the listed pairs, feature by feature.
-    fn score_listed(&mut self) {
-        let (dictionary, pairs) = (self.dictionary, &mut self.bench.pairs);
-        pairs.sort(dictionary.n_features);
-        let mut start = 0;
-        while start < pairs.rows.len() {
-            let (feature, end) = pairs.group(start);
-            let next = if end < pairs.rows.len() { pairs.group(end).0 } else { feature };
-            let group = Group {
-                w: dictionary.feature(feature),
-                next: dictionary.feature(next),
-                rows: &pairs.rows[start..],
-                len: end - start,
-            };
-            pairs.products.resize(group.len, 0.0);
-            dots_of(dictionary.plan.isa(), group, self.x, &mut pairs.products);
-            for (&row, &product) in group.rows.iter().zip(&pairs.products) {
-                let found = &mut self.found[row as usize];
-                found.extend(dictionary.admit(feature, product, self.wanted));
-                if let Wanted::Best { k, .. } = self.wanted
-                    && found.len() >= SCORES_PER_MEMBER * k
-                {
-                    keep_best(found, k);
-                }
-            }
-            start = end;
-        }
-        self.scored += pairs.listed.len() as u64;
-        pairs.listed.clear();
-    }
-
-    /// Keeps the k best scores of a row, and drops the candidates that can no longer be among them.
-    fn raise_bar(&mut self, row: usize, k: usize) {
-        let found = &mut self.found[row];
-        keep_best(found, k);
-        if found.len() < k || self.bench.escaped[row] {
-            return;
-        }
-        let bar = self.dictionary.bar(found[k - 1].rank);
-        self.drop_below(row, bar);
-    }
-
-    /// Sets the threshold of a row, unless it is higher already, and drops the candidates below it.
-    fn drop_below(&mut self, row: usize, bar: f32) {
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        let mut kept = 0;
-        for i in 0..candidates.len() {
-            candidates[kept] = candidates[i];
-            kept += usize::from(reaches(candidates[i].upper, bar));
-        }
-        self.bench.counts[row] = kept;
-        let current = self.bench.strips.lines[row / ROWS].threshold[row % ROWS];
-        self.set_bar(row, bar.max(current));
-    }
-
-    fn set_bar(&mut self, row: usize, bar: f32) {
-        self.bench.strips.lines[row / ROWS].threshold[row % ROWS] = bar;
-    }
-}
-
-impl Pairs {
-    /// The feature of the pair at `start`, and where the pairs of that feature end.
-    fn group(&self, start: usize) -> (usize, usize) {
-        let feature = self.features[start] as usize;
-        (feature, self.starts[feature] as usize)
-    }
-
-    /// Counting sort of what is listed by feature: each feature is read once per block of rows. Afterwards `starts[j]`
-    /// is where the pairs of feature `j` end.
-    fn sort(&mut self, n_features: usize) {
-        self.starts.clear();
-        self.starts.resize(n_features + 1, 0);
-        for &(feature, _) in &self.listed {
-            self.starts[feature as usize + 1] += 1;
-        }
-        for j in 1..self.starts.len() {
-            self.starts[j] += self.starts[j - 1];
-        }
-        self.rows.resize(self.listed.len(), 0);
-        self.features.resize(self.listed.len(), 0);
-        for &(feature, row) in &self.listed {
-            let place = &mut self.starts[feature as usize];
-            self.rows[*place as usize] = row;
-            self.features[*place as usize] = feature;
-            *place += 1;
-        }
-    }
-}
-
-/// Whether a candidate stays; a bound that is not a number bounds nothing, so it does.
-fn reaches(upper: f32, bar: f32) -> bool {
-    upper >= bar || upper.is_nan()
-}
-
 fn reset(found: &mut Vec<Vec<Scored>>, n: usize) {
     found.resize_with(n, Vec::new);
     found.iter_mut().for_each(Vec::clear);
 }
 
-fn finish(found: &mut Vec<Scored>, wanted: Wanted) {
+/// Puts a row's members into their final order.
+pub(super) fn finish(found: &mut Vec<Scored>, wanted: Wanted) {
     if let Wanted::Best { k, .. } = wanted {
         keep_best(found, k);
         found.sort_unstable_by(Scored::order);

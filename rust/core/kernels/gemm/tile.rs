@@ -56,6 +56,19 @@ pub struct Columns {
     pub offset: [i32; COLS],
 }
 
+impl Columns {
+    /// Columns of a panel without features.
+    pub(super) fn padding() -> Self {
+        Self {
+            scale: [0.0; COLS],
+            bias: [f32::NEG_INFINITY; COLS],
+            norm: [0.0; COLS],
+            residual: [0.0; COLS],
+            offset: [0; COLS],
+        }
+    }
+}
+
 #[inline(always)]
 fn bound_body<const FUSED: bool>(lines: &Lines, columns: &Columns, tile: &mut Tile) {
     for r in 0..ROWS {

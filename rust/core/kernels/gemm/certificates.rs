@@ -1,0 +1,137 @@
+//! Bounds against real scores, pair by pair.
+
+use super::dot as dots;
+use super::dot::dot;
+use super::features::Terms;
+use super::isa::Isa;
+use super::isa::Path;
+use super::plan::{Certificate, NARROWEST_REFINED, Plan, Screen};
+use super::strips::{Halves, Strips};
+use super::tile::{COLS, ROWS, Tile};
+
+/// A number of mean zero and spread one, and the next state: enough of a Gaussian to test bounds.
+fn normal(state: &mut u64) -> f32 {
+    let mut sum = 0.0;
+    for _ in 0..4 {
+        *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        sum += (*state >> 40) as f32 / (1 << 24) as f32 - 0.5;
+    }
+    sum * 1.732
+}
+
+fn vectors(n: usize, d: usize, kind: usize, state: &mut u64) -> Vec<f32> {
+    (0..n * d)
+        .map(|i| match kind {
+            0 => normal(state),
+            1 if i % d % 61 == 3 => normal(state) * 1000.0,
+            2 => normal(state) * 2.0_f32.powi((normal(state) * 8.0) as i32),
+            3 => normal(state).round(),
+            _ => normal(state) + 5.0,
+        })
+        .collect()
+}
+
+/// The plans whose bounds this processor can check: on every path what it would choose, f32, and words where only another
+/// processor of that path would choose them.
+fn plans(d: usize, certificate: Certificate, centre: Option<&Vec<f32>>) -> Vec<Plan> {
+    let mut plans = Vec::new();
+    for isa in Isa::available() {
+        let chosen = Plan::with_isa(isa, d, certificate, centre.cloned());
+        let words = isa.path() == Path::Avx512Vnni && chosen.screen() != Screen::Words;
+        if words {
+            plans.push(Plan { screen: Screen::Words, halves: None, ..chosen.clone() });
+        }
+        if chosen.screen() != Screen::Floats {
+            plans.push(Plan { screen: Screen::Floats, halves: None, ..chosen.clone() });
+        }
+        plans.push(chosen);
+    }
+    plans
+}
+
+/// Compares bounds and real scores of about `pairs` pairs; says how much of its slack each path and screen ever needed.
+fn shares_of_slack(pairs: usize, certificate: Certificate) -> Vec<(Path, Screen, f64)> {
+    let mut worst: Vec<(Path, Screen, f64)> = Vec::new();
+    let mut state = 7;
+    let tiles = pairs / (ROWS * COLS) / plans(16, certificate, None).len() + 1;
+    for t in 0..tiles {
+        let d = [16, 64, 100, 300, 513][t % 5];
+        let w = vectors(COLS, d, t / 5 % 5, &mut state);
+        let x = vectors(ROWS, d, t / 25 % 5, &mut state);
+        let centre = (t % 3 == 0).then(|| vectors(1, d, 0, &mut state));
+        for plan in plans(d, certificate, centre.as_ref()) {
+            let share = worst_of_tile(&plan, t, &x, &w);
+            let (path, screen) = (plan.isa().path(), plan.screen());
+            match worst.iter_mut().find(|(p, s, _)| (*p, *s) == (path, screen)) {
+                Some((_, _, worst)) => *worst = worst.max(share),
+                None => worst.push((path, screen, share)),
+            }
+        }
+    }
+    worst
+}
+
+/// The largest |error| / bound of a tile; no pair may leave its bound.
+fn worst_of_tile(plan: &Plan, t: usize, x: &[f32], w: &[f32]) -> f64 {
+    let d = plan.d();
+    let panel = plan.panel(t, w.to_vec(), &Terms::default());
+    let mut strips = Strips::default();
+    assert!(plan.strips(x, panel.largest_norm, false, &mut strips).is_empty());
+    let (mut tile, mut worst) = (Tile::default(), 0.0_f64);
+    plan.tile(x, &strips, 0, &panel, false, &mut tile);
+    let line = &strips.lines[0];
+    for (r, x) in x.chunks(d).enumerate() {
+        let gap = panel.largest_slack().gap(line.slack[r], line.norm[r], false);
+        for (c, w) in w.chunks(d).enumerate() {
+            let above = f64::from(tile.upper[r][c]) - dot(plan.isa(), x, w);
+            assert!((0.0..=gap).contains(&above), "{plan:?} tile {t} ({r}, {c}): {above} of {gap}");
+            worst = worst.max((above / gap - 0.5).abs() * 2.0);
+        }
+    }
+    worst
+}
+
+#[test]
+fn a_million_random_pairs_keep_their_certificate() {
+    for certificate in [Certificate::Deterministic, Certificate::Dithered] {
+        assert!(shares_of_slack(500_000, certificate).iter().all(|(_, _, share)| *share < 1.0));
+    }
+}
+
+#[test]
+#[ignore = "full tier: minutes"]
+#[allow(clippy::print_stderr)] // the shares are what one wants to know of so many pairs
+fn a_hundred_million_random_pairs_keep_their_certificate() {
+    for certificate in [Certificate::Deterministic, Certificate::Dithered] {
+        let shares = shares_of_slack(100_000_000, certificate);
+        eprintln!("{certificate:?}: largest |error| / bound {shares:?}");
+        assert!(shares.iter().all(|(_, _, share)| *share < 1.0));
+    }
+}
+
+#[test]
+fn second_bounds_keep_their_certificate() {
+    for isa in Isa::available() {
+        let (mut state, d) = (3, NARROWEST_REFINED);
+        let plan = Plan::with_isa(isa, d, Certificate::Deterministic, None);
+        let Some(halves_isa) = plan.refines() else { continue };
+        for t in 0..25 {
+            let (w, x) = (vectors(COLS, d, t / 5, &mut state), vectors(ROWS, d, t % 5, &mut state));
+            let panel = plan.panel(t, w.clone(), &Terms::default());
+            let mut halves = Halves::default();
+            plan.halve(halves_isa, &x, &mut halves);
+            let rows: Vec<u32> = (0..ROWS as u32).collect();
+            let mut sums = [0.0; ROWS];
+            for (c, w) in w.chunks(d).enumerate() {
+                let group =
+                    dots::Group { w: panel.half(c, d), next: panel.half(c, d), rows: &rows, len: ROWS };
+                dots::half_dots_of(halves_isa, group, &halves.x, &mut sums);
+                for (r, x) in x.chunks(d).enumerate() {
+                    let above = f64::from(panel.refined(c, &halves, r, sums[r])) - dot(isa, x, w);
+                    let gap = halves.gap(panel.largest_half_slack(), r);
+                    assert!((0.0..=gap).contains(&above), "tile {t} ({r}, {c}): {above} of {gap}");
+                }
+            }
+        }
+    }
+}

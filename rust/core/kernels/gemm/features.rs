@@ -1,0 +1,156 @@
+//! Features packed into panels once, each with the bounds of its rounding.
+
+use super::dot::dot;
+use super::plan::{EPILOGUE, EPILOGUE_BIAS, Plan};
+use super::quantize::{self, Rounding, up};
+use super::strips::Halves;
+use super::tile::{COLS, Columns};
+
+/// Features `32 p .. 32 (p + 1)` of a dictionary.
+#[derive(Debug)]
+pub struct Panel {
+    /// The features as they are, row-major, without padding.
+    pub(super) rows: Vec<f32>,
+    /// The features as the screen reads them; without x86-64 kernels there is none that does.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub(super) words: Vec<u32>,
+    pub(super) columns: Columns,
+    /// Columns of the f32 screen.
+    pub(super) float_columns: Columns,
+    /// The features in bf16, row-major, where the plan bounds twice; and what rounding took from them.
+    halves: Vec<u16>,
+    half_residual: [f32; COLS],
+    /// What is added to the inner product of each feature.
+    pub(super) bias: [f64; COLS],
+    /// Scores are pre-activations times this.
+    pub(super) weight: [f64; COLS],
+    /// Pre-activation that a feature must exceed.
+    pub(super) threshold: [f64; COLS],
+    pub(super) largest_norm: f64,
+}
+
+/// The widest a bound can be, over the features of a panel or dictionary; see [`super::tile`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Slack {
+    norm: f64,
+    residual: f64,
+    bias: f64,
+}
+
+impl Slack {
+    pub(super) fn or_larger(self, other: Self) -> Self {
+        Self {
+            norm: self.norm.max(other.norm),
+            residual: self.residual.max(other.residual),
+            bias: self.bias.max(other.bias),
+        }
+    }
+
+    /// How far an upper bound of a row can lie above the real score: twice its slack, and the rounding of the bound.
+    pub(super) fn gap(self, slack: f32, norm: f32, floats: bool) -> f64 {
+        let residual = if floats { 0.0 } else { self.residual };
+        let width = f64::from(slack) * self.norm + f64::from(norm) * residual + self.bias;
+        2.0 * (width + f64::from(norm) * self.norm * EPILOGUE)
+    }
+}
+
+impl Panel {
+    /// The features in bf16.
+    pub(super) fn half(&self, c: usize, d: usize) -> &[u16] {
+        &self.halves[c * d..(c + 1) * d]
+    }
+
+    /// The second upper bound of the score of feature `c` and row `row`, from their f32 sum of bf16 products.
+    pub(super) fn refined(&self, c: usize, halves: &Halves, row: usize, sum: f32) -> f32 {
+        let columns = &self.float_columns;
+        let slack = halves.slack[row] * columns.norm[c] + halves.norm[row] * self.half_residual[c];
+        sum * columns.scale[c] + (slack + columns.bias[c])
+    }
+
+    /// The widest slack of the panel's features under the second bounds.
+    pub(super) fn largest_half_slack(&self) -> Slack {
+        let residual = self.half_residual.iter().copied().fold(0.0, f32::max).into();
+        Slack { residual, ..self.largest_slack() }
+    }
+
+    /// The widest slack of the panel's features.
+    pub(super) fn largest_slack(&self) -> Slack {
+        let largest = |of: &[f32; COLS]| of.iter().copied().fold(0.0, f32::max).into();
+        let bias =
+            |c: usize| f64::from(self.columns.bias[c]).abs().max(f64::from(self.float_columns.bias[c]).abs());
+        let used = 0..self.columns.bias.iter().filter(|b| **b > f32::NEG_INFINITY).count();
+        Slack {
+            norm: largest(&self.columns.norm),
+            residual: largest(&self.columns.residual),
+            bias: used.map(bias).fold(0.0, f64::max) * 4.0 * EPILOGUE_BIAS,
+        }
+    }
+}
+
+/// What belongs to each feature of a panel beside its direction.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// Added to the inner product.
+    pub bias: [f64; COLS],
+    /// Factor of the pre-activation in its rank, positive.
+    pub weight: [f64; COLS],
+    /// Exclusive lower bound of the pre-activation, where one is asked for.
+    pub threshold: [f64; COLS],
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        Self { bias: [0.0; COLS], weight: [1.0; COLS], threshold: [0.0; COLS] }
+    }
+}
+
+impl Plan {
+    /// Packs up to [`COLS`] features, row-major; `number` is the panel's place in the dictionary.
+    pub fn panel(&self, number: usize, rows: Vec<f32>, terms: &Terms) -> Panel {
+        let mut words = vec![0; self.steps() * COLS];
+        let (mut columns, mut float_columns) = (Columns::padding(), Columns::padding());
+        let (mut scratch, mut word) = (vec![0.0; self.d], vec![0; self.steps()]);
+        let mut largest_norm = 0.0_f64;
+        let mut halves = vec![0; if self.halves.is_some() { rows.len() } else { 0 }];
+        let mut half_residual = [0.0; COLS];
+        for (c, w) in rows.chunks_exact(self.d).enumerate() {
+            let norm = dot(self.isa, w, w).sqrt();
+            largest_norm = largest_norm.max(norm * terms.weight[c].max(1.0));
+            scratch.copy_from_slice(w);
+            let seed = (number * COLS + c) as u32 ^ 0x5bd1_e995;
+            let rounding = self.round(&mut scratch, norm, seed, &mut word);
+            for (step, &word) in word.iter().enumerate() {
+                words[step * COLS + c] = word;
+            }
+            let offset: i32 = bytemuck::cast_slice::<u32, i8>(&word).iter().map(|&b| i32::from(b)).sum();
+            let (weight, bias) = (terms.weight[c], terms.bias[c]);
+            let centred = bias + self.centre.as_ref().map_or(0.0, |centre| dot(self.isa, centre, w));
+            let sides = [(&mut columns, centred, rounding), (&mut float_columns, bias, Rounding::EXACT)];
+            for (columns, bias, rounding) in sides {
+                columns.scale[c] = (f64::from(rounding.step) * weight) as f32;
+                columns.norm[c] = up(norm * weight);
+                columns.residual[c] = up(rounding.share * weight);
+                let slack = (bias.abs() * weight + terms.threshold[c].abs()) * EPILOGUE_BIAS;
+                columns.bias[c] = up(bias * weight - terms.threshold[c] + slack);
+            }
+            columns.offset[c] = -128 * offset;
+            if let Some(isa) = self.halves {
+                let rounding = quantize::brain_floats(isa, w, &mut halves[c * self.d..(c + 1) * self.d]);
+                half_residual[c] = up(rounding.share * weight);
+            }
+        }
+        let (bias, weight, threshold) = (terms.bias, terms.weight, terms.threshold);
+        Panel {
+            rows,
+            words,
+            columns,
+            float_columns,
+            halves,
+            half_residual,
+            bias,
+            weight,
+            threshold,
+            largest_norm,
+        }
+    }
+}

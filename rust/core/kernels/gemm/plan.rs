@@ -1,0 +1,218 @@
+//! How rows and features of one width are screened: the arithmetic, its rounding, and the kernel of a tile.
+//!
+//! | path | deterministic | dithered |
+//! | --- | --- | --- |
+//! | `avx512vnni` | bytes up to width 1536, then bf16, or words without it | bytes |
+//! | `avx512bf16` | bf16 | bf16 |
+//! | `avx2` | words | words |
+//! | `avx512`, `neon`, `plain` | f32 | f32 |
+//!
+//! A screen without dithering is deterministic whatever was asked for.
+
+use super::features::Panel;
+use super::isa::{Isa, Path};
+use super::quantize::{self, Rounding};
+use super::rotate::Rotation;
+use super::strips::Strips;
+use super::tile::{COLS, Lines, ROWS, Tile};
+use super::{dot as dots, tile};
+use crate::error::Result;
+
+/// Arithmetic of the screen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Screen {
+    /// Signed bytes after a rotation, exact integer sums.
+    Bytes,
+    /// Signed 16-bit words, exact integer sums.
+    Words,
+    /// bf16 with f32 sums.
+    BrainFloats,
+    /// f32.
+    Floats,
+}
+
+/// What a screen's bound rests on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Certificate {
+    /// Cauchy–Schwarz: holds always.
+    #[default]
+    Deterministic,
+    /// Hoeffding over dithered rounding: fails with probability [`quantize::FAILURE`] per inner product.
+    Dithered,
+}
+
+/// Width up to which byte sums fit into 32 bits: `65536 · 255 · 128 < 2^31`.
+const WIDEST_BYTES: usize = 65_536;
+/// Width up to which the deterministic byte screen leaves fewer candidates than it saves over bf16.
+const WIDEST_CERTAIN_BYTES: usize = 1_536;
+/// Width from which dithering bounds tighter than rounding to nearest.
+const NARROWEST_DITHERED: usize = 256;
+/// Width from which candidates of the deterministic byte screen are bounded again in bf16 before they are scored.
+pub(super) const NARROWEST_REFINED: usize = 1024;
+/// Rows of larger norm may leave the range of bf16.
+pub(super) const LARGEST_NORM: f64 = 1e37;
+/// Rounding of scales, products and sums in the epilogue, per unit of `|x| |w|`; see [`super::tile`].
+pub(super) const EPILOGUE: f64 = 1.0 / (1_u32 << 19) as f64;
+/// The same per unit of bias.
+pub(super) const EPILOGUE_BIAS: f64 = 1.0 / (1_u32 << 21) as f64;
+/// Rows and features whose product of norms leaves this range are scored in f64: f32 would over- or underflow.
+pub(super) const SAFE_PRODUCTS: std::ops::Range<f64> = 1e-16..1e36;
+
+/// How rows and features of one width are rounded.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub(super) isa: Isa,
+    pub(super) screen: Screen,
+    pub(super) certificate: Certificate,
+    pub(super) d: usize,
+    pub(super) rotation: Rotation,
+    /// The path of the second bounds, where there are any.
+    pub(super) halves: Option<Isa>,
+    pub(super) centre: Option<Vec<f32>>,
+}
+
+impl Plan {
+    /// The fastest screen for width `d` on the processor's path.
+    ///
+    /// `centre` is subtracted from rows before they are rounded; it must already be part of every bias.
+    ///
+    /// # Errors
+    /// As [`Isa::choose`].
+    pub fn new(d: usize, certificate: Certificate, centre: Option<Vec<f32>>) -> Result<Self> {
+        Ok(Self::with_isa(Isa::choose()?, d, certificate, centre))
+    }
+
+    /// The plan on a given path.
+    pub fn with_isa(isa: Isa, d: usize, certificate: Certificate, centre: Option<Vec<f32>>) -> Self {
+        let widest = if certificate == Certificate::Dithered { WIDEST_BYTES } else { WIDEST_CERTAIN_BYTES };
+        let screen = match isa.path() {
+            Path::Avx512Vnni if d <= widest => Screen::Bytes,
+            Path::Avx512Vnni if Isa::new(Path::Avx512Bf16).is_some() => Screen::BrainFloats,
+            Path::Avx512Vnni | Path::Avx2 if d <= quantize::WIDEST_WORDS => Screen::Words,
+            Path::Avx512Bf16 => Screen::BrainFloats,
+            _ => Screen::Floats,
+        };
+        let dithers = screen == Screen::Bytes && d > NARROWEST_DITHERED;
+        let certificate = if dithers { certificate } else { Certificate::Deterministic };
+        let refines = screen == Screen::Bytes && certificate == Certificate::Deterministic;
+        let halves = if refines && d >= NARROWEST_REFINED && d.is_multiple_of(32) {
+            Isa::new(Path::Avx512Bf16)
+        } else {
+            None
+        };
+        Self { isa, screen, certificate, d, rotation: Rotation::new(d), halves, centre }
+    }
+
+    /// The path taken.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Arithmetic of the screen.
+    pub fn screen(&self) -> Screen {
+        self.screen
+    }
+
+    /// The path of the second bounds, where the plan bounds twice.
+    pub(super) fn refines(&self) -> Option<Isa> {
+        self.halves
+    }
+
+    /// Width of rows and features.
+    pub fn d(&self) -> usize {
+        self.d
+    }
+
+    /// Bytes of one packed panel.
+    pub(super) fn panel_bytes(&self, floats: bool) -> usize {
+        let words = if floats { self.d } else { self.steps() };
+        words * COLS * 4
+    }
+
+    /// Words of 32 bits that a row or feature takes in the screen.
+    pub(super) fn steps(&self) -> usize {
+        match self.screen {
+            Screen::Bytes => self.d.div_ceil(4),
+            Screen::Words | Screen::BrainFloats => self.d.div_ceil(2),
+            Screen::Floats => 0,
+        }
+    }
+
+    /// Rounds `v` of norm `norm`, which it spoils, into words of the screen, zero-padded.
+    pub(super) fn round(&self, v: &mut [f32], norm: f64, seed: u32, words: &mut [u32]) -> Rounding {
+        words.fill(0);
+        match self.screen {
+            Screen::Bytes => {
+                self.rotation.apply(self.isa, v);
+                let dither = (self.certificate == Certificate::Dithered).then_some(seed);
+                let bytes: &mut [u8] = bytemuck::cast_slice_mut(words);
+                let mut rounding = quantize::bytes(self.isa, v, dither, &mut bytes[..self.d]);
+                let rotated = norm * (self.rotation.rounding() + EPILOGUE);
+                rounding.residual += rotated;
+                rounding.share += rotated;
+                rounding
+            }
+            Screen::Words => {
+                let pairs: &mut [i16] = bytemuck::cast_slice_mut(words);
+                quantize::words(self.isa, v, norm, &mut pairs[..self.d])
+            }
+            Screen::BrainFloats => {
+                let pairs: &mut [u16] = bytemuck::cast_slice_mut(words);
+                quantize::brain_floats(self.isa, v, &mut pairs[..self.d])
+            }
+            Screen::Floats => Rounding::EXACT,
+        }
+    }
+
+    /// Bound on the rounding of a sum of `d` products in f32, per unit of the product of norms.
+    pub(super) fn accumulation(&self, floats: bool) -> f64 {
+        if !floats && matches!(self.screen, Screen::Bytes | Screen::Words) {
+            EPILOGUE
+        } else {
+            EPILOGUE + (self.d + 32) as f64 * 2.0_f64.powi(-24)
+        }
+    }
+
+    /// Packs a block of rows (row-major f32) into `strips`; returns the rows that no f32 screen can take.
+
+    /// Bounds of the scores of strip `s` of `x` with the features of `panel`.
+    pub(super) fn tile(
+        &self,
+        x: &[f32],
+        strips: &Strips,
+        s: usize,
+        panel: &Panel,
+        floats: bool,
+        tile: &mut Tile,
+    ) {
+        let lines = &strips.lines[s];
+        if floats || self.screen == Screen::Floats {
+            let rows = &x[s * ROWS * self.d..x.len().min((s + 1) * ROWS * self.d)];
+            dots::screen(self.isa, rows, &panel.rows, self.d, &mut tile.upper);
+            tile::bound(self.isa, lines, &panel.float_columns, tile);
+            return;
+        }
+        let words = self.steps() * ROWS;
+        let strip = &strips.words[s * words..(s + 1) * words];
+        self.packed_tile(strip, panel, lines, tile);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    fn packed_tile(&self, strip: &[u32], panel: &Panel, lines: &Lines, tile: &mut Tile) {
+        use super::{avx2, avx512};
+        let kernel = match (self.screen, self.isa.path()) {
+            (Screen::Bytes, _) => avx512::bytes,
+            (Screen::Words, Path::Avx512Vnni) => avx512::words,
+            (Screen::Words, _) => avx2::words,
+            _ => avx512::brain_floats,
+        };
+        // SAFETY: `with_isa` chooses a screen only on a path that has the instructions of its kernel.
+        unsafe { kernel(strip, &panel.words, lines, &panel.columns, tile) }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn packed_tile(&self, _: &[u32], _: &Panel, _: &Lines, _: &mut Tile) {
+        unreachable!("packed screens are chosen on x86-64 alone")
+    }
+}
