@@ -48,6 +48,38 @@ fn check(x: &[f32], features: &[f32], d: usize, k: usize) {
     }
 }
 
+/// As [`check`], for features ranked by score times weight.
+fn check_weighted(x: &[f32], features: &[f32], d: usize, k: usize) {
+    let weight = |j: usize| f64::from(1 + j as u32 * 7 % 13) / 4.0;
+    for isa in Isa::available() {
+        for certificate in [Certificate::Deterministic, Certificate::Dithered] {
+            let plan = Plan::with_isa(isa, d, certificate, None);
+            let panels = features.chunks(32 * d).enumerate().map(|(p, rows)| {
+                let weight = std::array::from_fn(|c| weight(p * 32 + c));
+                plan.panel(p, rows.to_vec(), &Terms { weight, ..Terms::default() })
+            });
+            let mut space = Space::default();
+            Dictionary::new(plan.clone(), panels.collect()).select(
+                x,
+                Wanted::Best { k, positive: true },
+                &mut space,
+            );
+            for (i, row) in x.chunks(d).enumerate() {
+                let rank = |(j, w): (usize, &[f32])| {
+                    let score: f64 = row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                    (score * weight(j), j as u32)
+                };
+                let mut ranks: Vec<_> =
+                    features.chunks(d).enumerate().map(rank).filter(|r| r.0 > 0.0).collect();
+                ranks.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+                let expected: Vec<u32> = ranks.iter().take(k).map(|r| r.1).collect();
+                let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
+                assert_eq!(found, expected, "{isa:?} {certificate:?} row {i}");
+            }
+        }
+    }
+}
+
 fn noise(n: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
     let next = || {
@@ -94,6 +126,16 @@ fn identical_features_defeat_every_screen_and_ties_still_go_to_the_lower_index()
     let (d, f) = (32, 3000);
     let w: Vec<f32> = noise(d, 5).into_iter().cycle().take(f * d).collect();
     check(&noise(13 * d, 6), &w, d, 7);
+}
+
+#[test]
+fn features_are_ranked_by_their_weights_behind_every_screen() {
+    let d = 300;
+    check_weighted(&noise(25 * d, 17), &noise(2000 * d, 18), d, 9);
+    // Equal features but for their weights: the first screen fails, and the f32 screen has to know the weights too.
+    let d = 32;
+    let same: Vec<f32> = noise(d, 19).into_iter().cycle().take(3000 * d).collect();
+    check_weighted(&noise(13 * d, 20), &same, d, 7);
 }
 
 #[test]

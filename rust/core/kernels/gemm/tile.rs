@@ -44,7 +44,7 @@ pub struct Lines {
 #[derive(Clone, Debug)]
 #[repr(C, align(64))]
 pub struct Columns {
-    /// Step of the quantised feature; 1 where the screen keeps floats.
+    /// Step of the quantised feature, or 1 where the screen keeps floats, times the feature's weight.
     pub scale: [f32; COLS],
     /// Bias less the feature's own threshold, rounded up. Minus infinity in padding.
     pub bias: [f32; COLS],
@@ -75,7 +75,8 @@ fn bound_body<const FUSED: bool>(lines: &Lines, columns: &Columns, tile: &mut Ti
         let upper = &mut tile.upper[r];
         let (slack, norm, threshold) = (lines.slack[r], lines.norm[r], lines.threshold[r]);
         for (c, upper) in upper.iter_mut().enumerate() {
-            *upper += slack * columns.norm[c] + (norm * columns.residual[c] + columns.bias[c]);
+            let slack = slack * columns.norm[c] + (norm * columns.residual[c] + columns.bias[c]);
+            *upper = *upper * columns.scale[c] + slack;
         }
         // Not a number counts as a hit: what cannot be bounded must not be dropped.
         let hit = |u: f32| u32::from(u >= threshold || u.is_nan());
