@@ -38,10 +38,11 @@ def spread_of(line: dict) -> tuple[float, float]:
 def show(line: dict) -> None:
     """One line of the table, in Markdown."""
     low, high = spread_of(line)
-    bar = line.get("bar")
+    bar, candidates, escaped = (line.get(key) for key in ("bar", "candidates_per_k", "escape_rate"))
     print(
         f"| {line['name']} | {line['shape']} | {line['peer']} | {line['ratio']:.2f} | {low:.2f} to {high:.2f} "
-        f"| {'' if not bar else f'{bar:g}'} |",
+        f"| {'' if not bar else f'{bar:g}'} | {'' if candidates is None else f'{candidates:.2f}'} "
+        f"| {'' if escaped is None else f'{escaped:.2%}'} |",
         flush=True,
     )
 
@@ -51,7 +52,9 @@ def main(names: list[str]) -> None:
     if _core.BUILD_PROFILE != "release":
         raise SystemExit("benches: expected a release build, found a debug build. Run make bench")
     print(
-        "| what | shape | against | ratio | spread | bar |\n| --- | --- | --- | --- | --- | --- |", flush=True
+        "| what | shape | against | ratio | spread | bar | candidates/k | escaped |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        flush=True,
     )
     for name in names or NAMES:
         for line in lines_of(name):
