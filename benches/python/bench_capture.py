@@ -9,17 +9,16 @@ MICROTOME_BENCH_TOKENS, MICROTOME_BENCH_REPEATS.
 
 import os
 import shutil
-import statistics
 import tempfile
 import time
 
+import timing
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import microtome as mt
 
 TOKENS = int(os.environ.get("MICROTOME_BENCH_TOKENS", "512"))
-REPEATS = int(os.environ.get("MICROTOME_BENCH_REPEATS", "7"))
 HOOKS = {
     "residual streams": ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"],
     "mean-pooled residual streams": ["blocks.*.hook_resid_*"],
@@ -32,13 +31,6 @@ def model():
         vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
     )
     return LlamaForCausalLM(config).eval()
-
-
-def timed(work):
-    """(wall, CPU) seconds of a call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def rows() -> list[dict]:
@@ -61,24 +53,22 @@ def rows() -> list[dict]:
                 llama(batch, use_cache=False)
 
         with torch.no_grad():
-            captured(), plain()
-            times = [(timed(plain), timed(captured)) for _ in range(REPEATS)]
+            seconds = timing.alternate({"plain": plain, "captured": captured})
         shutil.rmtree(folder)
-        wall, cpu = ([with_[i] / without[i] for without, with_ in times] for i in range(2))
         found.append(
-            {
-                "name": f"capture, {name}",
-                "shape": f"8 layers, d 1024, {2 * TOKENS} tokens",
-                "peer": "plain forward (cost)",
-                "ratio": statistics.median(wall),
-                "spread": (min(wall), max(wall)),
-                "cpu_ratio": statistics.median(cpu),
-                "bar": 1.15,
-            }
+            timing.line(
+                f"capture, {name}",
+                f"8 layers, d 1024, {2 * TOKENS} tokens",
+                "plain forward (cost)",
+                seconds["captured"],
+                seconds["plain"],
+                threads=torch.get_num_threads(),
+                bar=1.15,
+                cost=True,
+            )
         )
     return found
 
 
 if __name__ == "__main__":
-    for row in rows():
-        print(row)
+    timing.show(rows())

@@ -9,55 +9,20 @@ every Gram matrix (or product of columns, whichever is cheaper) once, and no n x
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
+import timing
 import torch
 
 import microtome as mt
-from microtome import _core
-
-THREADS = int(os.environ.get("MICROTOME_NUM_THREADS", "1"))
-REPEATS = int(os.environ.get("MICROTOME_BENCH_REPEATS", "5"))
-# With one thread, CPU time: other processes do not disturb it.
-CLOCK = time.process_time if THREADS == 1 else time.perf_counter
-SEED = int(os.environ.get("MICROTOME_BENCH_SEED", "0"))
-
-
-def compare(
-    name: str, shape: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any]
-) -> dict[str, Any]:
-    """Their time over our time in alternating runs, one row of the table; both must give the same numbers."""
-    mine, other = np.asarray(ours()), np.asarray(theirs())
-    assert np.allclose(mine, other, atol=2e-3), f"{name}: {np.abs(mine - other).max()}"
-    ratios = []
-    for _ in range(REPEATS):
-        spent = []
-        for run in (ours, theirs):
-            begin = CLOCK()
-            run()
-            spent.append(CLOCK() - begin)
-        ratios.append(spent[1] / spent[0])
-    median = statistics.median(ratios)
-    return {
-        "name": name,
-        "shape": shape,
-        "peer": peer,
-        "ratio": median,
-        "min": min(ratios),
-        "max": max(ratios),
-    }
 
 
 def layers(count: int, n: int, d: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Layers that share a signal, as the residual streams of one model do."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(timing.SEED)
     shared = torch.randn(n, 8, generator=generator)
     noise = (torch.randn(n, d, generator=generator) for _ in range(count))
     return [(z + shared @ torch.randn(8, d, generator=generator) / 2).to(dtype) for z in noise]
@@ -155,10 +120,9 @@ def pytorch_cka_map(xs: list[torch.Tensor]) -> Callable[[], Any]:
 
 def rows() -> list[dict[str, Any]]:
     """The table of this file."""
-    if _core.BUILD_PROFILE != "release":
-        raise SystemExit("bench_cka: expected a release build, found a debug build. Build with make build")
-    mt.set_num_threads(THREADS)
-    torch.set_num_threads(THREADS)
+    timing.refuse_debug()
+    mt.set_num_threads(timing.THREADS)
+    torch.set_num_threads(timing.THREADS)
     table = []
     for n, d, dtype, peer in [
         (2048, 1024, torch.float32, torch_gram),
@@ -169,23 +133,31 @@ def rows() -> list[dict[str, Any]]:
         xs = layers(12, n, d, dtype)
         shape = f"12 x 12, n {n}, d {d}, {str(dtype).removeprefix('torch.')}"
         table.append(
-            compare("cka_matrix", shape, peer.__name__, partial(mt.cka_matrix, xs), partial(peer, xs))
+            timing.compare(
+                "cka_matrix",
+                shape,
+                peer.__name__,
+                partial(mt.cka_matrix, xs),
+                partial(peer, xs),
+                bar=3,
+                atol=2e-3,
+            )
         )
     xs = layers(12, 512, 512)
-    for peer_name, factory in [
-        ("torch_cka", torch_cka_map),
-        ("ckatorch", ckatorch_map),
-        ("pytorch-cka", pytorch_cka_map),
+    for peer_name, factory, bar in [
+        ("torch_cka", torch_cka_map, 50),
+        ("ckatorch", ckatorch_map, 10),
+        ("pytorch-cka", pytorch_cka_map, None),
     ]:
         try:
             theirs = factory(xs)
         except ImportError:
             continue
         ours = partial(mt.cka_matrix, xs)
-        table.append(compare("cka_matrix", "12 x 12, n 512, d 512", peer_name, ours, theirs))
+        shape = "12 x 12, n 512, d 512"
+        table.append(timing.compare("cka_matrix", shape, peer_name, ours, theirs, bar=bar, atol=2e-3))
     return table
 
 
 if __name__ == "__main__":
-    for row in rows():
-        print("{name:16} {shape:36} {peer:14} {ratio:8.2f} ({min:.2f} to {max:.2f})".format(**row))
+    timing.show(rows())

@@ -10,33 +10,18 @@ from __future__ import annotations
 
 import os
 import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import timing
 
 import microtome as mt
-from microtome import _core
 
 SHAPES = [(512, 16_384, 32), (2048, 16_384, 50)]
 BARS = {"torch float32": 5.0, "faiss IndexFlatIP": 4.0, "torch bfloat16": 1.3}
 ROWS = int(os.environ.get("MICROTOME_BENCH_ROWS", "1024"))
-REPEATS = int(os.environ.get("MICROTOME_BENCH_REPEATS", "5"))
-
-
-def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, one round of all calls after the other; the first round warms up and does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def peers(x: np.ndarray, W_enc: np.ndarray, k: int, threads: int) -> dict[str, Callable[[], Any]]:
@@ -69,33 +54,36 @@ def measure(d: int, d_sae: int, k: int, threads: int) -> list[dict[str, Any]]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     encoders["deterministic"](x, progress=False)
     extra_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    seconds = alternate(ours | peers(x, W_enc, k, threads), REPEATS)
+    seconds = timing.alternate(ours | peers(x, W_enc, k, threads))
     lines = []
     for certificate, encoder in encoders.items():
         for peer in BARS:
             if peer not in seconds:
                 continue
-            ratios = [b / a for a, b in zip(seconds[certificate], seconds[peer], strict=True)]
             report = encoder.last_report
-            lines.append({
-                "name": f"encode ({certificate})",
-                "shape": f"d {d}, d_sae {d_sae}, k {k}, {threads} thread{'s' * (threads > 1)}",
-                "peer": peer,
-                "ratio": statistics.median(seconds[peer]) / statistics.median(seconds[certificate]),
-                "spread": (min(ratios), max(ratios)),
-                "bar": BARS[peer],
+            shape = f"d {d}, d_sae {d_sae}, k {k}, {threads} thread{'s' * (threads > 1)}"
+            line = timing.line(
+                f"encode ({certificate})",
+                shape,
+                peer,
+                seconds[certificate],
+                seconds[peer],
+                threads=threads,
+                bar=BARS[peer],
+            )
+            extra = {
                 "candidates_per_k": report.candidates_per_k,
                 "escape_rate": report.escape_rate,
                 "extra_mib": extra_mib,
                 "path": f"{report.isa}/{report.screen}",
-            })  # fmt: skip
+            }
+            lines.append(line | extra)
     return lines
 
 
 def rows() -> list[dict[str, Any]]:
     """All lines, for one thread and for all."""
-    if _core.BUILD_PROFILE != "release":
-        raise SystemExit("bench_encode: expected a release build, found a debug build. Run make build")
+    timing.refuse_debug()
     everything = []
     usual = mt.num_threads()
     for threads in sorted({1, usual}):
@@ -110,7 +98,7 @@ def main() -> None:
     """Print the table."""
     print(f"{'what':24} {'shape':40} {'peer':18} {'ratio':>6} {'spread':>13}  bar  cand/k  escaped  MiB")
     for line in rows():
-        low, high = line["spread"]
+        low, high = line["min"], line["max"]
         print(
             f"{line['name']:24} {line['shape']:40} {line['peer']:18} {line['ratio']:6.2f} {low:6.2f}-{high:<6.2f}"
             f" {line['bar']:4.1f} {line['candidates_per_k']:7.2f} {line['escape_rate']:8.4f} {line['extra_mib']:4.0f}"

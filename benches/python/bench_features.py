@@ -2,58 +2,25 @@
 
     python benches/python/bench_features.py
 
-Runs of both sides alternate in one process; a ratio above 1 means that microtome is faster. Sizes, seed and
-threads come from MICROTOME_BENCH_SCALE, MICROTOME_BENCH_SEED and MICROTOME_NUM_THREADS. Where other processes
-share the cores, MICROTOME_BENCH_CLOCK=cpu compares processor time.
+Both sides alternate in one process with the same number of threads; a ratio above 1 means that microtome is faster.
 """
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import timing
 import torch
 
 import microtome as mt
-from microtome import _core
 from microtome.metrics import SparseCodes
-
-SCALE = float(os.environ.get("MICROTOME_BENCH_SCALE", "1"))
-SEED = int(os.environ.get("MICROTOME_BENCH_SEED", "0"))
-REPEATS = 7
-CLOCK = time.process_time if os.environ.get("MICROTOME_BENCH_CLOCK") == "cpu" else time.perf_counter
-
-
-def compare(
-    name: str, shape: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any]
-) -> dict[str, Any]:
-    """Ratios their time / our time of alternating runs, one row of the table."""
-    ours(), theirs()
-    ratios = []
-    for _ in range(REPEATS):
-        spent = []
-        for run in (ours, theirs):
-            begin = CLOCK()
-            run()
-            spent.append(CLOCK() - begin)
-        ratios.append(spent[1] / spent[0])
-    return {
-        "name": name,
-        "shape": shape,
-        "peer": peer,
-        "ratio": statistics.median(ratios),
-        "min": min(ratios),
-        "max": max(ratios),
-    }
 
 
 def codes_of(n: int, k: int, d_sae: int, skewed: bool) -> SparseCodes:
     """Random codes: features uniform, or k of them frequent and the rest with a heavy tail; distinct within a row."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(timing.SEED)
     tail = rng.zipf(1.2, (n, k)) % (d_sae // k) * k + np.arange(k)
     indices = rng.permutation(d_sae // k * k)[tail] if skewed else rng.integers(0, d_sae, (n, k))
     values = rng.standard_exponential((n, k), dtype=np.float32) + np.float32(0.01)
@@ -126,52 +93,54 @@ def torch_top(indices: torch.Tensor, values: torch.Tensor, samples: np.ndarray, 
 
 def rows() -> list[dict[str, Any]]:
     """The table of ratios."""
-    if _core.BUILD_PROFILE != "release":
-        raise SystemExit("benches: expected a release build, found debug. Run make bench")
-    torch.set_num_threads(mt.num_threads())
+    timing.refuse_debug()
+    mt.set_num_threads(timing.THREADS)
+    torch.set_num_threads(timing.THREADS)
     table = []
     for n, k, d_sae, skewed in [
         (1 << 16, 32, 16_384, False),
         (1 << 16, 32, 16_384, True),
         (1 << 16, 50, 131_072, True),
     ]:
-        n = max(int(n * SCALE), 1024)
+        n = max(int(n * timing.SCALE), 1024)
         codes = codes_of(n, k, d_sae, skewed)
         indices, values = codes.to_torch()
         shape = f"n {n}, k {k}, d_sae {d_sae}, {'zipf' if skewed else 'uniform'}"
         ours = lambda codes=codes: mt.feature_stats(codes)  # noqa: E731
         peer = torch_statistics(indices, values, d_sae)
-        table.append(compare("feature statistics", shape, "torch bincount, scatter_add", ours, peer))
+        table.append(
+            timing.compare("feature statistics", shape, "torch bincount, scatter_add", ours, peer, bar=5)
+        )
         samples = np.arange(n) // 64
         labels = {"sample": samples, "position": np.arange(n) % 64}
         top = lambda codes=codes, labels=labels: mt.top_samples(codes, labels, n=20)  # noqa: E731
         table.append(
-            compare(
+            timing.compare(
                 "top 20 samples", shape, "torch unique, sort", top, torch_top(indices, values, samples, 20)
             )
         )
-    n = max(int(8192 * SCALE), 512)
+    n = max(int(8192 * timing.SCALE), 512)
     codes = codes_of(n, 32, 16_384, True)
     shape = f"n {n}, k 32, d_sae 16384, zipf"
     ours = lambda: mt.feature_stats(codes)  # noqa: E731
     table.append(
-        compare(
+        timing.compare(
             "firing counts",
             shape,
             "torch nonzero on dense codes",
             ours,
             nonzero_counts(*codes.to_torch(), 16_384),
+            bar=10,
         )
     )
     for d in (512, 2048):
-        rng = np.random.default_rng(SEED)
+        rng = np.random.default_rng(timing.SEED)
         x, decoder = (rng.standard_normal((m, d), dtype=np.float32) for m in (n, 16_384))
         ours = lambda x=x, decoder=decoder: mt.fvu(x, codes, W_dec=decoder)  # noqa: E731
         peer = torch_fvu(torch.from_numpy(x), *codes.to_torch(), torch.from_numpy(decoder))
-        table.append(compare("FVU of codes", f"{shape}, d {d}", "torch embedding_bag", ours, peer))
+        table.append(timing.compare("FVU of codes", f"{shape}, d {d}", "torch embedding_bag", ours, peer))
     return table
 
 
 if __name__ == "__main__":
-    for row in rows():
-        print("{name:20} {shape:48} {peer:30} {ratio:8.1f}x  ({min:.1f} to {max:.1f})".format(**row))
+    timing.show(rows())

@@ -3,8 +3,9 @@
     make bench                                  # all
     python benches/python/run.py encode cka     # some
 
-A ratio above 1 says how many times faster microtome is (for capture: what it costs). Both sides alternate in one process;
-medians, with the least and the largest ratio. Peers that are not installed are named and left out.
+A ratio above 1 says how many times faster microtome is (for capture: what it costs; for the store: the share of the read
+bandwidth). Both sides alternate in one process; medians, with the least and the largest ratio, then the ratios of wall
+and of processor time. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from microtome import _core
+import timing
 
 HERE = Path(__file__).parent
 NAMES = ("encode", "features", "cka", "cosine", "sets", "capture")
@@ -30,32 +31,31 @@ def lines_of(name: str) -> list[dict]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def spread_of(line: dict) -> tuple[float, float]:
-    """The least and the largest ratio of a line."""
-    return tuple(line["spread"]) if "spread" in line else (line["min"], line["max"])
-
-
 def show(line: dict) -> None:
     """One line of the table, in Markdown."""
-    low, high = spread_of(line)
-    bar, candidates, escaped = (line.get(key) for key in ("bar", "candidates_per_k", "escape_rate"))
-    print(
-        f"| {line['name']} | {line['shape']} | {line['peer']} | {line['ratio']:.2f} | {low:.2f} to {high:.2f} "
-        f"| {'' if not bar else f'{bar:g}'} | {'' if candidates is None else f'{candidates:.2f}'} "
-        f"| {'' if escaped is None else f'{escaped:.2%}'} |",
-        flush=True,
-    )
+    cells = [line["name"], line["shape"], line["peer"], f"{line['ratio']:.2f}"]
+    cells += [f"{line['min']:.2f} to {line['max']:.2f}", number(line, "wall"), number(line, "cpu")]
+    cells += [number(line, "bar", "g"), timing.reached(line), remarks(line)]
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def number(line: dict, key: str, form: str = ".2f") -> str:
+    """A number of a row, empty where it has none."""
+    return "" if line.get(key) is None else format(line[key], form)
+
+
+def remarks(line: dict) -> str:
+    """What an encoder's screen left to score, and how often it gave up."""
+    if line.get("candidates_per_k") is None:
+        return ""
+    return f"{line['candidates_per_k']:.2f} candidates per k, {line['escape_rate']:.2%} of rows escaped"
 
 
 def main(names: list[str]) -> None:
     """Print the table."""
-    if _core.BUILD_PROFILE != "release":
-        raise SystemExit("benches: expected a release build, found a debug build. Run make bench")
-    print(
-        "| what | shape | against | ratio | spread | bar | candidates/k | escaped |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        flush=True,
-    )
+    timing.refuse_debug()
+    print("| what | shape | against | ratio | spread | wall | processor | bar | reached | remarks |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for name in names or NAMES:
         for line in lines_of(name):
             show(line)
