@@ -4,6 +4,7 @@
 //! block is computed by one thread, and partial results are merged in block order. That is all it takes for results that
 //! are the same bit for bit on one thread and on sixty-four.
 
+mod ahead;
 pub mod encode;
 
 use std::ops::Range;
@@ -28,6 +29,13 @@ pub trait Source: Sync {
     fn dtype(&self) -> Dtype;
     /// The rows of `range`: borrowed where they lie side by side, else gathered into `buffer`.
     fn read<'a>(&'a self, range: Range<usize>, buffer: &'a mut Buffer) -> Result<Rows<'a>>;
+    /// Says that the rows of `range` will be read soon. Only a hint.
+    fn will_need(&self, _range: Range<usize>) {}
+    /// Whether reading leaves the processor idle while a disk works: a scan then reads ahead, on threads of its own. Such a
+    /// source borrows nothing: [`Source::read`] always fills the buffer.
+    fn waits(&self) -> bool {
+        false
+    }
 }
 
 impl Source for Rows<'_> {
@@ -260,34 +268,58 @@ pub fn scan_into<F: Fold>(
     context: &Context<'_>,
 ) -> Result<()> {
     let n = aligned_rows(sources)?;
+    if sources.iter().any(|s| s.waits()) {
+        return ahead::scan_into(total, sources, fold, block_rows, context);
+    }
     let blocks: Vec<_> = grid(n, block_rows).collect();
-    for wave in blocks.chunks(rayon::current_num_threads().max(1)) {
-        for partial in
-            map_ordered(wave, context, |range| update_block(sources, fold, range.clone(), context))?
-        {
-            fold.merge(total, partial)?;
-        }
+    let ahead = (AHEAD_BYTES / row_bytes(sources)).max(block_rows);
+    let mut announced = 0;
+    for wave in blocks.chunks(threads()) {
+        let soon = wave.last().map_or(n, |block| n.min(block.end + ahead));
+        sources.iter().for_each(|s| s.will_need(announced..soon));
+        announced = soon;
+        let partials = map_ordered(wave, context, |range| {
+            let mut buffers = spaces(sources);
+            let rows = read_all(sources, range.clone(), &mut buffers)?;
+            update_block(fold, &rows, range.start, context)
+        })?;
+        partials.into_iter().try_for_each(|partial| fold.merge(total, partial))?;
     }
     Ok(())
 }
 
-fn update_block<F: Fold>(
-    sources: &[&dyn Source],
-    fold: &F,
+/// Bytes of each row of all sources together.
+fn row_bytes(sources: &[&dyn Source]) -> usize {
+    sources.iter().map(|s| s.d() * s.dtype().size()).sum::<usize>().max(1)
+}
+
+fn spaces(sources: &[&dyn Source]) -> Vec<Buffer> {
+    sources.iter().map(|_| Buffer::default()).collect()
+}
+
+/// The rows of `range` of every source.
+fn read_all<'a>(
+    sources: &[&'a dyn Source],
     range: Range<usize>,
+    buffers: &'a mut [Buffer],
+) -> Result<Vec<Rows<'a>>> {
+    sources.iter().zip(buffers).map(|(source, buffer)| source.read(range.clone(), buffer)).collect()
+}
+
+fn update_block<F: Fold>(
+    fold: &F,
+    block: &[Rows<'_>],
+    first_row: usize,
     context: &Context<'_>,
 ) -> Result<F::Partial> {
-    let mut buffers: Vec<Buffer> = sources.iter().map(|_| Buffer::default()).collect();
-    let block = sources
-        .iter()
-        .zip(&mut buffers)
-        .map(|(source, buffer)| source.read(range.clone(), buffer))
-        .collect::<Result<Vec<_>>>()?;
     let mut partial = fold.init();
-    fold.update(&mut partial, &block, range.start)?;
-    context.done.fetch_add(range.len() as u64, Ordering::Relaxed);
+    fold.update(&mut partial, block, first_row)?;
+    context.done.fetch_add(block.first().map_or(0, Rows::n) as u64, Ordering::Relaxed);
     Ok(partial)
 }
+
+/// Bytes that a disk is asked for before they are read.
+const AHEAD_BYTES: usize = 16 << 20;
 
 /// Number of partial results of `bytes` each that may be in flight: at most one per thread, and within the budget.
 ///

@@ -15,5 +15,6 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<writer::CodesWriter>()?;
     m.add_class::<reader::StoreReader>()?;
     m.add_class::<reader::Selection>()?;
-    m.add_class::<reader::Block>()
+    m.add_class::<reader::Block>()?;
+    m.add_function(wrap_pyfunction!(reader::word_sum, m)?)
 }

@@ -5,13 +5,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use half::f16;
-use microtome_core::scan::{fill_pieces, map_ordered};
+use microtome_core::metrics::words::WordSum;
+use microtome_core::scan::{fill_pieces, map_ordered, scan};
 use microtome_core::store::map::PrivateMap;
 use microtome_core::store::{Backend, Column, Scalar, Selection as Rows, Store, Table, Verify};
 use numpy::{IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
+use crate::arrays::Input;
 use crate::error::{shape_error, to_py};
 use crate::run::{Task, detached, run};
 
@@ -45,7 +47,10 @@ impl StoreReader {
         let backend = match backend {
             "mmap" => Backend::Mmap,
             "pread" => Backend::Pread,
-            other => return Err(shape_error("backend", "'mmap' or 'pread'", &format!("{other:?}"))),
+            "direct" => Backend::Direct,
+            other => {
+                return Err(shape_error("backend", "'mmap', 'pread' or 'direct'", &format!("{other:?}")));
+            }
         };
         let store = detached(py, "open", || Store::open(Path::new(path), verify, backend))?;
         Ok(Self { store: Arc::new(store) })
@@ -55,6 +60,16 @@ impl StoreReader {
     #[getter]
     fn path(&self) -> String {
         self.store.root().display().to_string()
+    }
+
+    /// How bytes are reached: `"pread"` where `"direct"` was asked for and the file system cannot.
+    #[getter]
+    fn backend(&self) -> &'static str {
+        match self.store.backend() {
+            Backend::Mmap => "mmap",
+            Backend::Pread => "pread",
+            Backend::Direct => "direct",
+        }
     }
 
     /// Checksum of the manifest, which covers every byte of the store.
@@ -266,6 +281,17 @@ impl Selection {
             None => Ok(array.into_any()),
         }
     }
+}
+
+/// Sum of the words of `x`, modulo 2^64: a scan whose fold costs next to nothing.
+#[pyfunction]
+#[pyo3(signature = (x, progress = None))]
+pub fn word_sum(py: Python<'_>, x: &Bound<'_, PyAny>, progress: Option<Bound<'_, PyAny>>) -> PyResult<u64> {
+    let input = Input::extract(x, "x")?;
+    let source = input.source("x")?;
+    let rows = WordSum::block_rows(source.d(), source.dtype().size());
+    let task = Task { progress, ..Task::named("word_sum") };
+    run(py, task, |context| scan(&[&*source], &WordSum, rows, context))
 }
 
 /// Rows in a private map: an array over it may be written to, and changes nothing but itself.

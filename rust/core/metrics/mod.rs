@@ -10,5 +10,6 @@ pub mod firing;
 pub mod fvu;
 pub mod similarity;
 pub mod top;
+pub mod words;
 
 pub use crate::scan::Fold;

@@ -8,9 +8,12 @@ use std::fmt::Debug;
 pub use std::fs::File;
 use std::fs::{OpenOptions, Permissions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+#[cfg(target_os = "linux")]
+use rustix::fs::{Advice, fadvise, fcntl_getfl, fcntl_setfl};
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, openat};
 use rustix::io::Errno;
 
@@ -58,6 +61,12 @@ pub trait Input: Debug + Send + Sync {
     fn identity(&self) -> io::Result<Identity>;
     /// The file itself, for a map; `None` where there is none.
     fn file(&self) -> Option<&File>;
+    /// Reads past the page cache from here on, whole pages at offsets of whole pages; `false` where the file system cannot.
+    fn bypass_cache(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+    /// Asks for `range` to be fetched from disk. Only a hint.
+    fn will_need(&self, _range: Range<u64>) {}
 }
 
 /// A held lock; dropping it releases it.
@@ -208,6 +217,24 @@ impl Input for File {
 
     fn file(&self) -> Option<&File> {
         Some(self)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn bypass_cache(&self) -> io::Result<bool> {
+        let flags = fcntl_getfl(self)?;
+        match fcntl_setfl(self, flags | OFlags::DIRECT) {
+            Ok(()) => Ok(true),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn will_need(&self, range: Range<u64>) {
+        let len = std::num::NonZeroU64::new(range.end.saturating_sub(range.start));
+        if len.is_some() {
+            let _ = fadvise(self, range.start, len, Advice::WillNeed);
+        }
     }
 }
 

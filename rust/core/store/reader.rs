@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Result};
+use crate::store::bytes::{Backend, PAGE, Window};
 use crate::store::format::unsafe_kind;
 use crate::store::fs::{Fs, Os, io_error, retry};
 use crate::store::manifest::{MANIFEST, Manifest, Table, open_regular, read_range};
 use crate::store::selection::Selection;
-use crate::store::shard::{Backend, Expected, SealedShard, Verify};
+use crate::store::shard::{Expected, SealedShard, Verify};
 
 /// A store as its manifest described it at the moment of opening.
 #[derive(Debug)]
@@ -47,6 +48,10 @@ impl Store {
             }
             outcome => outcome?,
         };
+        let backend = match backend {
+            Backend::Direct if !can_bypass_cache(&*fs, root) => Backend::Pread,
+            other => other,
+        };
         let starts = manifest.tables().map(|table| row_starts(&manifest, table)).collect();
         let tables = manifest.tables().count();
         let shards = (0..manifest.steps.len() * tables).map(|_| OnceLock::new()).collect();
@@ -56,6 +61,11 @@ impl Store {
     /// Folder of the store.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// How the bytes are reached: [`Backend::Pread`] where [`Backend::Direct`] was asked for and cannot be.
+    pub fn backend(&self) -> Backend {
+        self.backend
     }
 
     /// What the manifest says.
@@ -201,6 +211,13 @@ fn row_starts(manifest: &Manifest, table: &Table) -> Vec<u64> {
         starts.push(end);
     }
     starts
+}
+
+/// Whether files of the store can be read past the page cache, tried on the manifest.
+fn can_bypass_cache(fs: &dyn Fs, root: &Path) -> bool {
+    let Ok(file) = open_regular(fs, root, &[MANIFEST]) else { return false };
+    let page = || retry(|| file.read_at(Window::default().claim(PAGE), 0));
+    file.bypass_cache().unwrap_or(false) && page().is_ok()
 }
 
 /// Names what somebody may have given in place of a store, by its first bytes.

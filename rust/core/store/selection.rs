@@ -7,6 +7,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::rows::{Data, Rows};
 use crate::scan::{Buffer, Source};
+use crate::store::bytes::{Backend, Window};
 use crate::store::format::{Column, Scalar};
 use crate::store::map::PrivateMap;
 use crate::store::reader::Store;
@@ -197,18 +198,27 @@ impl Selection {
     pub fn gather(&self, range: Range<usize>, out: &mut [u8]) -> Result<()> {
         let width = self.row_bytes();
         let mut open: Option<(usize, &SealedShard)> = None;
-        let mut filled = 0;
+        let (mut filled, mut window) = (0, Window::default());
         for (step, rows) in self.pieces(range) {
             let shard = match open {
                 Some((same, shard)) if same == step => shard,
                 _ => self.shard(step)?,
             };
             let bytes = (rows.end - rows.start) as usize * width;
-            shard.copy(self.column, rows, &mut out[filled..filled + bytes])?;
+            shard.copy(self.column, rows, &mut out[filled..filled + bytes], &mut window)?;
             filled += bytes;
             open = Some((step, shard));
         }
         Ok(())
+    }
+
+    /// Asks for the rows at the places `range` to be fetched from disk. Only a hint: an error waits for the read.
+    pub fn will_need(&self, range: Range<usize>) {
+        for (step, rows) in self.pieces(range) {
+            if let Ok(shard) = self.store.shard(step, self.table) {
+                shard.will_need(self.column, rows);
+            }
+        }
     }
 
     /// A private map of the rows at the places `range`, where they lie side by side in one mapped shard.
@@ -269,6 +279,14 @@ impl Source for Activations<'_> {
         }
         selection.gather(range.clone(), buffer.bytes(range.len() * selection.row_bytes()))?;
         buffer.rows(dtype, range.len(), d)
+    }
+
+    fn will_need(&self, range: Range<usize>) {
+        self.selection.will_need(range);
+    }
+
+    fn waits(&self) -> bool {
+        self.selection.store.backend() == Backend::Direct
     }
 }
 

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
+use crate::kernels::checksum::crc32c;
+use crate::store::bytes::{Backend, Bytes, Window};
 use crate::store::format::{BLOCK, Column, HEADER, Shard, Tensor, check_of, damaged, parse_header};
-use crate::store::fs::{Fs, Identity, Input, io_error, read_full_at, retry};
+use crate::store::fs::{Fs, Identity, io_error, read_full_at, retry};
 use crate::store::manifest::{SealedFile, open_regular, read_range};
 use crate::store::map::{Map, PrivateMap};
 
@@ -21,20 +23,8 @@ pub enum Verify {
     Never,
 }
 
-/// How the bytes of a shard are reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backend {
-    /// A memory map: no copy, for local disks.
-    Mmap,
-    /// `pread(2)`: a copy, but an unreachable disk is an error and not a signal. For network disks.
-    Pread,
-}
-
-#[derive(Debug)]
-enum Bytes {
-    Mapped(Map),
-    File(Box<dyn Input>),
-}
+/// Bytes per `pread(2)` through the page cache: less than the second-level cache of a core.
+const PIECE: usize = 128 << 10;
 
 /// Rows under a damaged block, and how it differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,7 +92,7 @@ impl SealedShard {
         layout.check(&parse_header(&page, identity.len, &path)?, &path)?;
         let behind = HEADER as u64 + layout.checked;
         let checks = read_range(&*file, behind, identity.len - behind, &path)?;
-        let crc = format!("{:08x}", crc32c::crc32c_append(crc32c::crc32c(&page), &checks));
+        let crc = format!("{:08x}", ::crc32c::crc32c_append(crc32c(&page), &checks));
         if crc != sealed.crc32c {
             let expected = format!("crc32c {}, as in the manifest", sealed.crc32c);
             return Err(damaged(&path, "damaged header or checksums", &expected, &crc));
@@ -111,7 +101,10 @@ impl SealedShard {
             (Backend::Mmap, Some(os)) => {
                 Bytes::Mapped(Map::new(os, identity.len as usize).map_err(io_error("map", &path))?)
             }
-            _ => Bytes::File(file),
+            (Backend::Direct, _) if file.bypass_cache().map_err(io_error("open", &path))? => {
+                Bytes::Direct(file)
+            }
+            _ => Bytes::Cached(file),
         };
         let sound = (0..(checks.len() / 4).div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         let (columns, first_row) = (columns.to_vec(), rows.start);
@@ -134,11 +127,11 @@ impl SealedShard {
         Ok(Some(&map.bytes()[HEADER + span.start as usize..HEADER + span.end as usize]))
     }
 
-    /// Copies the bytes of `rows` of a column into `out`, which has their size.
+    /// Copies the bytes of `rows` of a column into `out`, which has their size; `window` is of use to the next call.
     ///
     /// # Errors
     /// As [`SealedShard::borrow`].
-    pub fn copy(&self, column: usize, rows: Range<u64>, out: &mut [u8]) -> Result<()> {
+    pub fn copy(&self, column: usize, rows: Range<u64>, out: &mut [u8], window: &mut Window) -> Result<()> {
         let span = self.span(column, rows);
         match &self.bytes {
             Bytes::Mapped(map) => {
@@ -146,8 +139,14 @@ impl SealedShard {
                 out.copy_from_slice(&map.bytes()[HEADER + span.start as usize..HEADER + span.end as usize]);
                 Ok(())
             }
-            Bytes::File(file) => self.copy_checked(&**file, &span, out),
+            _ => self.copy_checked(&span, out, window),
         }
+    }
+
+    /// Asks for the bytes of `rows` of a column to be fetched from disk. Only a hint.
+    pub fn will_need(&self, column: usize, rows: Range<u64>) {
+        let span = self.span(column, rows);
+        self.bytes.will_need(HEADER + span.start as usize..HEADER + span.end as usize);
     }
 
     /// A private map of the bytes of `rows`; `None` without a map, or when the name stands for another file by now.
@@ -174,9 +173,9 @@ impl SealedShard {
     /// # Errors
     /// [`Error::Store`].
     pub fn unchanged(&self, fs: &dyn Fs) -> Result<()> {
-        let now = match &self.bytes {
-            Bytes::File(file) => file.identity(),
-            Bytes::Mapped(_) => fs.identity(&self.path),
+        let now = match self.bytes.input() {
+            Some(file) => file.identity(),
+            None => fs.identity(&self.path),
         };
         match now {
             Ok(now) if now.inode == self.identity.inode && now.device == self.identity.device => {
@@ -236,33 +235,70 @@ impl SealedShard {
     }
 
     /// Reads whole blocks where they must be checked, and checks the very bytes that are handed on.
-    fn copy_checked(&self, file: &dyn Input, span: &Range<u64>, out: &mut [u8]) -> Result<()> {
-        let mut block_bytes = Vec::new();
+    fn copy_checked(&self, span: &Range<u64>, out: &mut [u8], window: &mut Window) -> Result<()> {
+        let direct = matches!(self.bytes, Bytes::Direct(_));
         for block in Self::blocks_of(span) {
             let whole = self.block_span(block);
             let wanted = whole.start.max(span.start)..whole.end.min(span.end);
             let target = &mut out[(wanted.start - span.start) as usize..(wanted.end - span.start) as usize];
-            if self.must_check(block) {
-                block_bytes.resize((whole.end - whole.start) as usize, 0);
-                self.fill(file, &mut block_bytes, whole.start)?;
-                self.check_block(block, &block_bytes)?;
-                let start = (wanted.start - whole.start) as usize;
-                target.copy_from_slice(&block_bytes[start..start + target.len()]);
+            let within = (wanted.start - whole.start) as usize..(wanted.end - whole.start) as usize;
+            if window.holds(self.first_row, block) {
+                target.copy_from_slice(&window.bytes(within.end)[within]);
+            } else if wanted == whole && !direct {
+                self.fill(target, whole.start)?;
+                if self.must_check(block) {
+                    self.check_block(block, target)?;
+                }
+            } else if direct || self.must_check(block) {
+                target.copy_from_slice(&self.read_block(block, window)?[within]);
             } else {
-                self.fill(file, target, wanted.start)?;
+                self.fill(target, wanted.start)?;
             }
         }
         Ok(())
     }
 
-    fn fill(&self, file: &dyn Input, out: &mut [u8], offset: u64) -> Result<()> {
+    /// Reads a whole block into `window`, and checks it where it must be.
+    fn read_block<'w>(&self, block: usize, window: &'w mut Window) -> Result<&'w [u8]> {
+        let span = self.block_span(block);
+        let len = (span.end - span.start) as usize;
+        self.fill_pages(window.claim(len), len, span.start)?;
+        if self.must_check(block) {
+            self.check_block(block, window.bytes(len))?;
+        }
+        window.hold(self.first_row, block);
+        Ok(window.bytes(len))
+    }
+
+    /// Fills `out` from the data section at `offset`, a piece at a time: a copy that stays in cache is several times
+    /// faster than one that does not.
+    fn fill(&self, out: &mut [u8], mut offset: u64) -> Result<()> {
+        for piece in out.chunks_mut(PIECE) {
+            let len = piece.len();
+            self.read(piece, len, offset)?;
+            offset += len as u64;
+        }
+        Ok(())
+    }
+
+    /// Fills at least `len` bytes of `out`, which has whole pages: in one read past the page cache, else as [`Self::fill`].
+    fn fill_pages(&self, out: &mut [u8], len: usize, offset: u64) -> Result<()> {
+        match self.bytes {
+            Bytes::Direct(_) => self.read(out, len, offset),
+            _ => self.fill(&mut out[..len], offset),
+        }
+    }
+
+    /// Reads into `out`, at least `len` bytes of it.
+    fn read(&self, out: &mut [u8], len: usize, offset: u64) -> Result<()> {
+        let Some(file) = self.bytes.input() else { return Err(Error::Internal("read".to_owned())) };
         let offset = HEADER as u64 + offset;
         let filled = read_full_at(file, out, offset).map_err(io_error("read", &self.path))?;
-        if filled < out.len() { Err(self.changed(offset + filled as u64)) } else { Ok(()) }
+        if filled < len { Err(self.changed(offset + filled as u64)) } else { Ok(()) }
     }
 
     fn check_block(&self, block: usize, bytes: &[u8]) -> Result<()> {
-        let found = crc32c::crc32c(bytes);
+        let found = crc32c(bytes);
         let stored = check_of(&self.checks, block).unwrap_or(!found);
         if found == stored {
             self.sound[block / 64].fetch_or(1 << (block % 64), Ordering::Relaxed);
@@ -297,19 +333,23 @@ impl SealedShard {
     /// [`Error::Io`] and [`Error::Store`] when the file cannot be read to its end.
     pub fn damages(&self, fs: &dyn Fs) -> Result<Vec<Damage>> {
         let mut damages = Vec::new();
-        let mut copy = vec![0; BLOCK.min(self.layout.checked as usize)];
+        let mut window = Window::default();
         for block in 0..self.blocks() {
             self.unchanged(fs)?;
             let span = self.block_span(block);
             let bytes = match &self.bytes {
-                Bytes::Mapped(map) => &map.bytes()[HEADER + span.start as usize..HEADER + span.end as usize],
-                Bytes::File(file) => {
-                    let bytes = &mut copy[..(span.end - span.start) as usize];
-                    self.fill(&**file, bytes, span.start)?;
-                    bytes
+                Bytes::Mapped(map) => {
+                    let range = HEADER + span.start as usize..HEADER + span.end as usize;
+                    map.will_need(range.start..(range.end + BLOCK).min(map.bytes().len()));
+                    &map.bytes()[range]
+                }
+                _ => {
+                    let len = (span.end - span.start) as usize;
+                    self.fill_pages(window.claim(len), len, span.start)?;
+                    window.bytes(len)
                 }
             };
-            let crc32c = (check_of(&self.checks, block).unwrap_or(0), crc32c::crc32c(bytes));
+            let crc32c = (check_of(&self.checks, block).unwrap_or(0), crc32c(bytes));
             if crc32c.0 != crc32c.1 {
                 damages.push(Damage { block, rows: self.rows_under(block), crc32c });
             }
