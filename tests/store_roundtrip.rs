@@ -164,7 +164,7 @@ fn scan_borrows_rows_that_lie_side_by_side_and_copies_others() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("s");
     write(Arc::new(Os), &root, 3, &[5, 4]);
-    for backend in [Backend::Mmap, Backend::Pread] {
+    for backend in [Backend::Mmap, Backend::Pread, Backend::Direct] {
         let store = Arc::new(Store::open(&root, Verify::First, backend).unwrap());
         let all = store.hook(HOOK, "x").unwrap();
         let source = all.activations().unwrap();
@@ -182,6 +182,18 @@ fn scan_borrows_rows_that_lie_side_by_side_and_copies_others() {
         assert!(matches!(store.hook(CODES, "indices").unwrap().activations(), Err(Error::Dtype { .. })));
         assert!(matches!(store.hook(HOOK, "y"), Err(Error::Store { .. })));
     }
+}
+
+#[test]
+fn a_file_system_without_direct_reads_is_read_through_the_cache() {
+    let disk = in_memory(3, &[5, 4]);
+    let store = Arc::new(
+        Store::open_on(Arc::new(disk.clone()), Path::new("/store"), Verify::First, Backend::Direct).unwrap(),
+    );
+    assert_eq!(store.backend(), Backend::Pread);
+    let rows = store.hook(HOOK, "x").unwrap();
+    let expected: Vec<f32> = (0..9).flat_map(|r| x_of(r, 3)).collect();
+    assert_eq!(floats(&bytes_of(&rows).unwrap()), expected);
 }
 
 #[test]

@@ -18,7 +18,7 @@ from pathlib import Path
 import timing
 
 HERE = Path(__file__).parent
-NAMES = ("encode", "features", "cka", "cosine", "sets", "capture")
+NAMES = ("encode", "features", "cka", "cosine", "sets", "store", "capture")
 
 
 def lines_of(name: str) -> list[dict]:

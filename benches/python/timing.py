@@ -35,9 +35,9 @@ class Seconds(NamedTuple):
     def __truediv__(self, other: float) -> Seconds:
         return Seconds(self.wall / other, self.cpu / other)
 
-    def by(self, threads: int) -> float:
-        """By the clock that counts for this number of threads."""
-        return self.cpu if (CLOCK or ("cpu" if threads == 1 else "wall")) == "cpu" else self.wall
+    def by(self, threads: int, clock: str = "") -> float:
+        """By the clock asked for, or by the one that counts for this number of threads."""
+        return self.cpu if (clock or CLOCK or ("cpu" if threads == 1 else "wall")) == "cpu" else self.wall
 
 
 def refuse_debug() -> None:
@@ -55,7 +55,10 @@ def seconds(call: Callable[[], Any], inner: int = 1) -> Seconds:
 
 
 def alternate(
-    calls: dict[str, Callable[[], Any]], repeats: int = REPEATS, inner: dict[str, int] | None = None
+    calls: dict[str, Callable[[], Any]],
+    repeats: int = REPEATS,
+    inner: dict[str, int] | None = None,
+    before: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[Seconds]]:
     """Times of each call, a round of all after the other; the first round warms up and does not count.
 
@@ -63,11 +66,13 @@ def alternate(
         calls: what is timed, by name.
         repeats: rounds that count.
         inner: calls per round, for those that are too short for the clock.
+        before: called before each timing, and not timed.
     """
     refuse_debug()
     found: dict[str, list[Seconds]] = {name: [] for name in calls}
     for i in range(repeats + 1):
         for name, call in calls.items():
+            before()
             spent = seconds(call, (inner or {}).get(name, 1))
             if i:
                 found[name].append(spent)
@@ -84,16 +89,18 @@ def line(
     threads: int = THREADS,
     bar: float | None = None,
     cost: bool = False,
+    clock: str = "",
 ) -> dict[str, Any]:
     """One line of the table, from the rounds of both sides.
 
     Args:
         bar: ratio to reach.
         cost: the ratio is what ours costs on top of theirs: ours over theirs, and the bar a limit.
+        clock: ``wall`` or ``cpu`` for the ratio, whatever the threads.
     """
     sides = (theirs, ours) if cost else (ours, theirs)
     rounds = list(zip(*sides, strict=True))
-    ratios = [b.by(threads) / a.by(threads) for a, b in rounds]
+    ratios = [b.by(threads, clock) / a.by(threads, clock) for a, b in rounds]
     ratio = statistics.median(ratios)
     return {
         "name": name,

@@ -7,6 +7,7 @@ mod cka;
 mod encode;
 mod error;
 mod features;
+mod provoke;
 mod run;
 mod similarity;
 mod store;
@@ -23,5 +24,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     features::register(m)?;
     cka::register(m)?;
     similarity::register(m)?;
-    circuit::register(m)
+    circuit::register(m)?;
+    provoke::register(m)
 }

@@ -221,6 +221,25 @@ impl Selection {
         self.rows.take(places).map(Self::new).map_err(|e| to_py(&e))
     }
 
+    /// Row numbers of the column under damage, as a sorted list of (start, stop); every block is checked, step by step.
+    fn damaged_rows(&self, py: Python<'_>) -> PyResult<Vec<(u64, u64)>> {
+        let rows = &*self.rows;
+        let steps: Vec<usize> = (0..rows.steps()).collect();
+        let damaged = run(py, Task::named("damaged_rows"), |context| {
+            map_ordered(&steps, context, |step| rows.damaged_rows(*step))
+        })?;
+        Ok(damaged.into_iter().flatten().map(|r| (r.start, r.end)).collect())
+    }
+
+    /// Asks for the rows at the places `start..stop` to be fetched from disk. Only a hint.
+    fn will_need(&self, py: Python<'_>, start: usize, stop: usize) -> PyResult<()> {
+        self.check(start, stop)?;
+        detached(py, "will_need", || {
+            self.rows.will_need(start..stop);
+            Ok(())
+        })
+    }
+
     /// The rows at the places `start..stop`: an array, or a block that `numpy.asarray` turns into one without a copy.
     fn read<'py>(&self, py: Python<'py>, start: usize, stop: usize) -> PyResult<Bound<'py, PyAny>> {
         self.check(start, stop)?;

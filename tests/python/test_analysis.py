@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,6 +12,7 @@ import pytest
 
 import microtome as mt
 import stored
+from microtome import _core
 from microtome.errors import DtypeError, NonFiniteError, ShapeError
 from microtome.metrics import TopKEncoder, features, sample_fires
 
@@ -114,6 +117,47 @@ def test_stored_codes_give_what_codes_in_memory_give(tmp_path, monkeypatch):
     assert mt.top_samples(found, acts, n=3).equals(mt.top_samples(codes, acts, n=3))
     assert mt.fvu(acts, found, W_dec=W_dec) == mt.fvu(acts, codes, W_dec=W_dec)
     assert sample_fires(found, acts).fires.tolist() == sample_fires(codes, acts).fires.tolist()
+
+
+def rss_anon():
+    """Bytes of memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs procfs")
+@pytest.mark.parametrize("backend", ["mmap", "direct"])
+def test_memory_does_not_grow_with_the_store(tmp_path, backend):
+    steps, width = (20_000,) * 6, 256
+    stored_rows = np.random.default_rng(0).standard_normal((steps[0], width), dtype=F32)
+    with _core.StoreWriter(
+        str(tmp_path / "run"), hooks=[(stored.HOOK, width, "tokens")], dtype="float32", facts="{}"
+    ) as out:
+        for _ in steps:
+            out.append("tokens", stored.rows(steps[0]), {stored.HOOK: stored_rows})
+            out.commit(stored.samples(0, 1))
+    acts = mt.ActivationStore(tmp_path / "run", backend=backend)[stored.HOOK]
+    W_enc = np.random.default_rng(1).standard_normal((width, 128), dtype=F32)
+    topk, W_dec = TopKEncoder(W_enc, None, k=K), np.ascontiguousarray(W_enc.T)
+    run = lambda x: mt.analyse(x, topk, W_dec=W_dec, by=pl.col("kind"), top=2)  # noqa: E731
+    run(acts.take(slice(0, 10_000)))  # pools and buffers are there
+    before, peak, over = rss_anon(), [0], threading.Event()
+
+    def watch():
+        while not over.wait(0.002):
+            peak[0] = max(peak[0], rss_anon())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        found = run(acts)
+    finally:
+        over.set()
+        watcher.join()
+    assert found.n_rows == sum(steps)
+    total = sum(steps) * width * 4
+    # Labels take 16 bytes a row and polars as much again for a moment; the rows themselves are 1024 bytes each.
+    assert peak[0] - before < total // 3, (peak[0] - before, total)
 
 
 REFUSALS = {

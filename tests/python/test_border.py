@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import microtome as mt
-from microtome import errors
+from microtome import _core, errors
 
 LONG_SCAN = """
 import sys, time
@@ -101,3 +101,12 @@ def test_strided_and_fortran_arrays_give_the_numbers_of_their_values():
     x = np.random.default_rng(0).standard_normal((40, 8), dtype=np.float32)
     assert mt.linear_cka(x[::2], x[::2]) == mt.linear_cka(x[::2].copy(), x[::2].copy())
     assert mt.linear_cka(np.asfortranarray(x), x) == mt.linear_cka(x, x)
+
+
+@pytest.mark.parametrize("place", ["worker", "fold", "reader", "detached"])
+def test_a_panic_becomes_an_error_and_the_pool_lives_on(place):
+    x = np.random.default_rng(0).standard_normal((300, 8), dtype=np.float32)
+    before = mt.linear_cka(x, x[:, :4])
+    with pytest.raises(errors.Error, match="internal error in provoked, please report"):
+        _core.provoke_panic(place)
+    assert mt.linear_cka(x, x[:, :4]) == before

@@ -44,7 +44,7 @@ def truth(n=1000):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("backend", ["mmap", "pread"])
+@pytest.mark.parametrize("backend", ["mmap", "pread", "direct"])
 def test_activations_are_read_as_written(tmp_path, dtype, backend):
     x = stored.write(tmp_path / "run", dtype=dtype)
     acts = mt.ActivationStore(tmp_path / "run", backend=backend)[HOOK]
@@ -410,7 +410,7 @@ def damage(path, offset=4096 + 100):
     path.chmod(0o444)
 
 
-@pytest.mark.parametrize("backend", ["mmap", "pread"])
+@pytest.mark.parametrize("backend", ["mmap", "pread", "direct"])
 def test_damaged_block_is_found_before_it_is_used(tmp_path, backend):
     x = stored.write(tmp_path / "run")
     damage(tmp_path / "run" / "000001" / f"{HOOK}.safetensors")
@@ -468,7 +468,7 @@ def test_overwritten_block_is_found_at_every_touch_when_asked_for(tmp_path):
             acts[:5]
 
 
-@pytest.mark.parametrize("backend", ["mmap", "pread"])
+@pytest.mark.parametrize("backend", ["mmap", "pread", "direct"])
 def test_truncation_while_open_is_an_error_and_not_a_signal(tmp_path, backend):
     stored.write(tmp_path / "run")
     acts = mt.ActivationStore(tmp_path / "run", verify="never", backend=backend)[HOOK]
@@ -628,3 +628,121 @@ def test_bad_codes_are_refused(tmp_path):
             out.append(mt.SparseCodes(np.zeros((2, 3), np.uint32), np.zeros((2, 3), np.float32), 100))
     with pytest.raises(errors.StoreError, match='cannot resume: fact "dictionary"'):
         store.write_codes("t", HOOK, k=4, d_sae=100, dictionary="other")
+
+
+# --- backends ---
+
+
+def wide(path, steps=(700, 1, 333), width=1021):
+    """A store whose rows straddle checksum blocks and whose shards end in the middle of a page."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((sum(steps), width), dtype=np.float32)
+    with _core.StoreWriter(
+        str(path), hooks=[(HOOK, width, "tokens")], dtype="float32", facts=json.dumps({})
+    ) as writer:
+        start = 0
+        for n in steps:
+            writer.append("tokens", stored.rows(n), {HOOK: x[start : start + n]})
+            writer.commit(stored.samples(start, 1))
+            start += n
+    return x
+
+
+def sum_of_words(x):
+    """Definition of the word sum: little-endian words of eight bytes, modulo 2^64."""
+    whole = np.ascontiguousarray(x).tobytes()
+    words = np.frombuffer(whole + bytes(-len(whole) % 8), np.uint64)
+    return int(words.sum(dtype=np.uint64))
+
+
+@pytest.mark.parametrize("verify", ["first", "always", "never"])
+def test_every_backend_gives_the_same_bits_at_odd_tails(tmp_path, verify):
+    x = wide(tmp_path / "run")
+    x_hat = np.roll(x, 1, axis=0)
+    expected = mt.fvu(x, x_hat)
+    chosen = np.r_[5:9, 690:720, 3, 1033, 1000:1030:3]
+    for backend in ("mmap", "pread", "direct"):
+        store = mt.ActivationStore(tmp_path / "run", verify=verify, backend=backend)
+        assert store.backend == backend
+        acts = store[HOOK]
+        for _ in range(2):  # the second time blocks have been found sound
+            assert np.array_equal(acts.numpy(), x)
+            assert np.array_equal(acts[chosen].numpy(), x[chosen])
+            assert _core.word_sum(acts) == sum_of_words(x)
+            assert _core.word_sum(acts.take(slice(1, 1001))) == sum_of_words(x[1:1001])
+            assert mt.fvu(acts, x_hat) == mt.fvu(x, x_hat) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_ahead_changes_no_bit_for_any_number_of_threads(tmp_path, threads):
+    x = wide(tmp_path / "run", steps=(9000, 4097), width=512)
+    before = mt.num_threads()
+    mt.set_num_threads(threads)
+    try:
+        acts = mt.ActivationStore(tmp_path / "run", backend="direct")[HOOK]
+        even = acts.where(pl.col("position") % 2 == 0)
+        rows = even.row_numbers
+        assert _core.word_sum(acts) == sum_of_words(x)
+        assert mt.fvu(even, x[::-1][rows].copy()) == mt.fvu(x[rows], x[::-1][rows].copy())
+        assert mt.linear_cka(acts, x[:, :8].copy()) == mt.linear_cka(x, x[:, :8].copy())
+    finally:
+        mt.set_num_threads(before)
+
+
+def test_a_file_system_without_direct_io_is_read_through_the_cache_with_one_warning(tmp_path, monkeypatch):
+    x = stored.write(tmp_path / "run")
+    opened = _core.StoreReader
+    monkeypatch.setattr(_core, "StoreReader", lambda path, verify, _: opened(path, verify, "pread"))
+    with pytest.warns(UserWarning, match=r"backend: expected direct I/O .*run, found none") as caught:
+        store = mt.ActivationStore(tmp_path / "run", backend="direct")
+    assert np.array_equal(store[HOOK].numpy(), x)
+    assert len(caught) == 1
+    assert store.backend == "pread"
+
+
+def test_a_scan_past_the_page_cache_stops_at_damage_and_at_truncation(tmp_path):
+    wide(tmp_path / "run", steps=(6000, 3000), width=512)
+    shard = tmp_path / "run" / "000001" / f"{HOOK}.safetensors"
+    acts = mt.ActivationStore(tmp_path / "run", backend="direct")[HOOK]
+    acts[6000:6001]
+    damage(shard, 4096 + 5_000_000)
+    with pytest.raises(errors.CorruptShardError, match=r"damaged block 4, rows 8048\.\.8560"):
+        _core.word_sum(acts)
+    damage(shard, 4096 + 5_000_000)
+    assert _core.word_sum(acts) > 0
+    shard.chmod(0o644)
+    with shard.open("r+b") as file:
+        file.truncate(1 << 20)
+    with pytest.raises(errors.StoreError, match="shard changed while open"):
+        _core.word_sum(acts)
+
+
+# --- rows under damage ---
+
+
+def test_damaged_rows_are_skipped_only_when_asked_for_and_are_listed(tmp_path):
+    x = wide(tmp_path / "run", steps=(700, 600), width=1024)  # 256 rows per block
+    damage(tmp_path / "run" / "000000" / f"{HOOK}.safetensors", 4096 + (1 << 20) + 17)
+    with pytest.raises(errors.CorruptShardError):
+        mt.ActivationStore(tmp_path / "run")[HOOK].numpy()
+    store = mt.ActivationStore(tmp_path / "run", on_corrupt="skip")
+    with pytest.warns(UserWarning, match="256 rows of .* lie under damage and are skipped"):
+        acts = store[HOOK]
+    assert acts.skipped.tolist() == list(range(256, 512))
+    sound = np.r_[0:256, 512:1300]
+    assert acts.row_numbers.tolist() == sound.tolist()
+    assert np.array_equal(acts.numpy(), x[sound])
+    assert acts.rows.collect().height == len(acts) == 1044
+    first = acts.where(pl.col("position") == 0)
+    assert np.array_equal(first.numpy(), x[first.row_numbers])
+    assert first.skipped.tolist() == acts.skipped.tolist()
+
+
+def test_a_shard_that_cannot_be_opened_is_skipped_as_a_whole(tmp_path):
+    x = wide(tmp_path / "run", steps=(300, 200), width=64)
+    damage(tmp_path / "run" / "000000" / f"{HOOK}.safetensors", 100)
+    with pytest.warns(UserWarning, match="300 rows"):
+        acts = mt.ActivationStore(tmp_path / "run", on_corrupt="skip")[HOOK]
+    assert np.array_equal(acts.numpy(), x[300:])
+    with pytest.raises(errors.ShapeError, match="on_corrupt: expected 'error' or 'skip', found 'hide'"):
+        mt.ActivationStore(tmp_path / "run", on_corrupt="hide")

@@ -104,6 +104,7 @@ def analyse(
         for start in range(0, n, _BLOCK_ROWS):
             span = slice(start, min(n, start + _BLOCK_ROWS))
             block = x[span]
+            _announce(x, span.stop, min(n, span.stop + _BLOCK_ROWS))
             codes = encode(block)
             core = core_codes(codes)
             firing.update(core, part(groups, span))
@@ -118,6 +119,12 @@ def analyse(
         fvu=finished_fvu(variance) if variance else math.nan,
         n_rows=n,
     )
+
+
+def _announce(x: Any, start: int, stop: int) -> None:
+    """Have the next rows of a store fetched from disk while these are encoded."""
+    if hasattr(x, "_selection"):
+        x._selection.will_need(start, stop)
 
 
 def _encoding(encoder: Any) -> Encode:

@@ -17,7 +17,7 @@ from microtome.store.tables import PLACE, ROW, row_schema, selected
 if TYPE_CHECKING:
     from microtome.store.reading import ActivationStore
 
-__all__ = ["Activations", "places"]
+__all__ = ["Activations", "places", "without_damage"]
 
 
 class Activations:
@@ -39,6 +39,7 @@ class Activations:
         space: str,
         selection: _core.Selection,
         predicates: tuple[pl.Expr, ...] = (),
+        skipped: npt.NDArray[np.uint64] | None = None,
     ) -> None:
         self.store = store
         """Store that holds the rows."""
@@ -46,6 +47,8 @@ class Activations:
         """Hook name."""
         self.space = space
         """Row space of the hook: ``"tokens"`` for the decoder."""
+        self.skipped = np.empty(0, np.uint64) if skipped is None else skipped
+        """Numbers of the rows of the hook that lie under damage and are left out, ascending."""
         self._base = selection
         self._predicates = predicates
 
@@ -127,7 +130,8 @@ class Activations:
         for predicate in predicates:
             if not isinstance(predicate, pl.Expr):
                 raise DtypeError(f"predicates: expected polars expressions, found {type(predicate).__name__}")
-        return Activations(self.store, self.hook, self.space, self._base, (*self._predicates, *predicates))
+        predicates = (*self._predicates, *predicates)
+        return Activations(self.store, self.hook, self.space, self._base, predicates, self.skipped)
 
     def take(self, rows: Any) -> Activations:
         """The rows given (a slice, numbers or a mask), in their order; reads no activations."""
@@ -136,7 +140,7 @@ class Activations:
             chosen = self._selection.slice(start, max(start, stop))
         else:
             chosen = self._selection.take(places(rows, len(self)))
-        return Activations(self.store, self.hook, self.space, chosen)
+        return Activations(self.store, self.hook, self.space, chosen, skipped=self.skipped)
 
     def blocks(self, n: int = 65_536) -> Iterator[Any]:
         """Tensors of at most ``n`` rows, (n, d), from the first row to the last."""
@@ -173,6 +177,16 @@ class Activations:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         values = self.numpy()
         return values if dtype is None else values.astype(dtype)
+
+
+def without_damage(selection: _core.Selection) -> tuple[_core.Selection, npt.NDArray[np.uint64]]:
+    """All rows of a column but those under damage, and the numbers of these."""
+    damaged = selection.damaged_rows()
+    if not damaged:
+        return selection, np.empty(0, np.uint64)
+    skipped = np.unique(np.concatenate([np.arange(start, stop, dtype=np.uint64) for start, stop in damaged]))
+    sound = np.setdiff1d(np.arange(len(selection), dtype=np.uint64), skipped, assume_unique=True)
+    return selection.take(sound), skipped
 
 
 def places(rows: Any, n: int) -> npt.NDArray[np.uint64]:

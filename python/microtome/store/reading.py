@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from microtome import _core
-from microtome.errors import HookError
+from microtome.errors import HookError, ShapeError
 from microtome.progress import bar
-from microtome.store.activations import Activations
+from microtome.store.activations import Activations, without_damage
 from microtome.store.codes import CODES, CodesWriter, StoredCodes, codes_folder
 from microtome.store.tables import ROW, row_frame, sample_frame
 
@@ -29,9 +30,15 @@ class ActivationStore:
     Args:
         path: folder of the store.
         verify: when the CRC32C of a block is computed: at its ``"first"`` touch, ``"always"``, ``"never"``.
-        backend: ``"mmap"``, or ``"pread"`` for network disks, where a map makes a lost connection a signal.
+        backend: ``"mmap"`` for local disks; ``"pread"`` for network disks, where a map makes a lost connection a
+            signal; ``"direct"`` past the page cache, for a store that exceeds memory and is read once. Where the
+            file system has no direct I/O, that is ``"pread"`` with a warning. Results are the same bit for bit.
+        on_corrupt: what becomes of rows under damage: ``"error"`` at their first touch, or ``"skip"``: a hook is
+            checked as a whole when it is first used, and its damaged rows are left out, listed in
+            :attr:`Activations.skipped` and counted by a warning.
 
     Raises:
+        ShapeError: an argument that is none of these.
         StoreError: ``path`` is not a store.
         ManifestError: the manifest is damaged. A damaged shard is a CorruptShardError at its first touch.
         VersionError: written by a format that this build does not read.
@@ -43,8 +50,23 @@ class ActivationStore:
         torch.Size([4, 4096])
     """
 
-    def __init__(self, path: str | os.PathLike[str], verify: str = "first", backend: str = "mmap") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        verify: str = "first",
+        backend: str = "mmap",
+        on_corrupt: str = "error",
+    ) -> None:
+        if on_corrupt not in ("error", "skip"):
+            raise ShapeError(f"on_corrupt: expected 'error' or 'skip', found {on_corrupt!r}")
         self._reader = _core.StoreReader(os.fspath(path), verify, backend)
+        self._skips = on_corrupt == "skip"
+        if backend != self.backend:
+            warnings.warn(
+                f"backend: expected direct I/O on the file system of {self.path}, found none. "
+                "Reading through the page cache",
+                stacklevel=2,
+            )
         self._tables = {name: space for name, space, _ in self._reader.hooks}
         self._spaces = [name for name, _, _ in self._reader.spaces]
 
@@ -52,6 +74,11 @@ class ActivationStore:
     def path(self) -> Path:
         """Folder of the store."""
         return Path(self._reader.path)
+
+    @property
+    def backend(self) -> str:
+        """How bytes are reached: ``"mmap"``, ``"pread"`` or ``"direct"``."""
+        return self._reader.backend
 
     @property
     def hooks(self) -> list[str]:
@@ -118,6 +145,8 @@ class ActivationStore:
 
         Raises:
             HookError: no such hook; the message lists the nearest names.
+
+        With ``on_corrupt="skip"`` every block of the hook is checked here.
         """
         name = self._canonical(hook)
         if name is None:
@@ -125,7 +154,16 @@ class ActivationStore:
             raise HookError(
                 f"no hook {hook!r}: {self.path}: expected e.g. {', '.join(near)}. See store.hooks"
             )
-        return Activations(self, name, self._tables[name], self._reader.hook(name))
+        selection, skipped = self._reader.hook(name), None
+        if self._skips:
+            selection, skipped = without_damage(selection)
+            if len(skipped):
+                warnings.warn(
+                    f"on_corrupt: {len(skipped)} rows of {name} lie under damage and are skipped. "
+                    "See Activations.skipped",
+                    stacklevel=2,
+                )
+        return Activations(self, name, self._tables[name], selection, skipped=skipped)
 
     def __repr__(self) -> str:
         return f"ActivationStore({str(self.path)!r}, {len(self.hooks)} hooks, {self.n_rows} rows)"

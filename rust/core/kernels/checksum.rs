@@ -6,7 +6,7 @@
 //! as long as the data is in cache; from memory it starts a new stream every piece, and no prefetcher follows. Here a lane
 //! is a third of a mebibyte. Gopal et al. 2011, "Fast CRC Computation for iSCSI Polynomial Using CRC32 Instruction".
 
-#![allow(unsafe_code)] // prefetch, and one dispatch by instruction set
+#![allow(unsafe_code)] // one dispatch by instruction set
 
 /// CRC32C of `bytes`, as in RFC 3720.
 pub fn crc32c(bytes: &[u8]) -> u32 {
@@ -22,7 +22,9 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_crc32_u64, _mm_prefetch};
+    use std::arch::x86_64::_mm_crc32_u64;
+
+    use crate::kernels::prefetch::fetch;
 
     /// Bytes of a cache line.
     const LINE: usize = 64;
@@ -69,8 +71,7 @@ mod x86 {
         let mut crc = [u64::from(u32::MAX), 0, 0];
         for ((a, b), c) in lane(0).iter().zip(lane(1)).zip(lane(2)) {
             for line in [a, b, c] {
-                // SAFETY: a prefetch reads nothing that the program can see, wherever it points.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(AHEAD).cast()) };
+                fetch(line, AHEAD);
             }
             for i in 0..LINE / 8 {
                 crc[0] = _mm_crc32_u64(crc[0], u64::from_le_bytes(a.as_chunks().0[i]));

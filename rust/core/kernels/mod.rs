@@ -6,6 +6,7 @@ pub mod gemm;
 pub mod gram;
 pub mod moments;
 pub mod panel;
+pub mod prefetch;
 pub mod residual;
 pub mod sets;
 pub mod topk;

@@ -1,8 +1,10 @@
 //! Counts, sums, sums of squares and maxima per feature, from sparse codes.
 //!
 //! One feature's accumulators lie side by side in 32 bytes, so that a slot of a code costs one cache line and not four.
-//! With k slots per row the work is k scattered additions, and the accumulators of 32,768 features are 1 MiB: they stay
-//! in the second-level cache while the codes stream past.
+//! With k slots per row the work is k scattered additions. The accumulators of 131,072 features are 4 MiB and leave the
+//! second-level cache; which lines the next slots need is known from their indices, so they are asked for ahead.
+
+use super::prefetch::fetch;
 
 /// Accumulators of one feature: over all tokens, h² uncentred.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -30,6 +32,9 @@ pub struct Columns {
     /// Largest h.
     pub max: Vec<f32>,
 }
+
+/// Slots between the request for a line and its use: the time of one access to the third-level cache, or to memory.
+const AHEAD: usize = 64;
 
 /// Bits of the largest finite f32.
 const LARGEST: u32 = f32::MAX.to_bits();
@@ -75,7 +80,10 @@ impl Moments {
 /// outside the dictionary.
 #[must_use]
 pub fn accumulate(cells: &mut [Moments], indices: &[u32], values: &[f32]) -> bool {
-    for (&index, &h) in indices.iter().zip(values) {
+    for (slot, (&index, &h)) in indices.iter().zip(values).enumerate() {
+        if let Some(&later) = indices.get(slot + AHEAD) {
+            fetch(cells, later as usize);
+        }
         // One comparison for "positive and finite": the bits of such floats are 1..=LARGEST.
         if h.to_bits().wrapping_sub(1) < LARGEST {
             match cells.get_mut(index as usize) {

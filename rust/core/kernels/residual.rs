@@ -7,11 +7,12 @@
 //! Decoding is bound by memory: k rows of the decoder, anywhere in an array larger than the caches, for each row. While
 //! one is added the next is fetched.
 
-#![allow(unsafe_code)] // prefetch, and one dispatch by instruction set; each block has its reason
+#![allow(unsafe_code)] // one dispatch by instruction set
 #![allow(clippy::inline_always)] // a body takes the instruction set of the function that it is inlined into
 
 use crate::codes::Codes;
 use crate::dtype::Element;
+use crate::kernels::prefetch::fetch;
 use crate::rows::{Data, Rows};
 use crate::with_elements;
 
@@ -115,14 +116,9 @@ fn add_rows<W: Element>(weights: &[W], indices: &[u32], values: &[f32], out: &mu
 /// Asks for the cache lines of `row`.
 #[inline(always)]
 fn prefetch<W>(row: &[W]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in row.chunks(64 / size_of::<W>()) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing that the program can see, and the address lies within `row`.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    for first in (0..row.len()).step_by(64 / size_of::<W>()) {
+        fetch(row, first);
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = row;
 }
 
 /// Σ ‖x − x̂‖² over the rows, where row `r` of `x` is decoded from row `first_row + r` of `codes`. `None` at a feature

@@ -100,24 +100,61 @@ pub struct Survivors {
     pub keys: Vec<u32>,
 }
 
-/// Scores looked at together before any of them is kept.
-const GROUP: usize = 16;
+/// The score of a key; minus infinity for those of NaN.
+fn score_of(key: u32) -> f32 {
+    f32::from_bits(if key >> 31 == 1 { key & !(1 << 31) } else { !key })
+}
+
+/// Scores compared together: the bits of a mask.
+const GROUP: usize = 32;
 
 /// The scores of a block of at most 2^32 whose key is at least `least`.
 pub fn survivors(scores: &[f32], least: u32) -> Survivors {
+    if least <= key(f32::NEG_INFINITY) {
+        return Survivors {
+            positions: (0..scores.len() as u32).collect(),
+            keys: scores.iter().map(|score| key(*score)).collect(),
+        };
+    }
+    let least = score_of(least);
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("bmi1") {
+        #[target_feature(enable = "avx2,bmi1")]
+        fn wide(scores: &[f32], least: f32) -> Survivors {
+            at_least(scores, least)
+        }
+        // SAFETY: the processor has both.
+        return unsafe { wide(scores, least) };
+    }
+    at_least(scores, least)
+}
+
+/// The scores of at least `least`, which is not NaN: a comparison leaves one bit per score, and few are set.
+#[inline(always)]
+#[allow(
+    clippy::inline_always,
+    reason = "a body takes the instruction set of the function that it is inlined into"
+)]
+fn at_least(scores: &[f32], least: f32) -> Survivors {
     let mut out = Survivors::default();
-    for (g, group) in scores.chunks(GROUP).enumerate() {
-        let mut keys = [0_u32; GROUP];
-        keys.iter_mut().zip(group).for_each(|(key_, score)| *key_ = key(*score));
-        if keys.iter().fold(0, |top, key| top.max(*key)) < least {
-            continue;
+    let mut keep = |position: usize, score: f32| {
+        out.positions.push(position as u32);
+        out.keys.push(key(score));
+    };
+    let (groups, rest) = scores.as_chunks::<GROUP>();
+    for (g, group) in groups.iter().enumerate() {
+        let mut mask = 0_u32;
+        for (i, score) in group.iter().enumerate() {
+            mask |= u32::from(*score >= least) << i;
         }
-        for (i, &key) in keys[..group.len()].iter().enumerate() {
-            if key >= least {
-                out.positions.push((g * GROUP + i) as u32);
-                out.keys.push(key);
-            }
+        while mask != 0 {
+            let i = mask.trailing_zeros() as usize;
+            keep(g * GROUP + i, group[i]);
+            mask &= mask - 1;
         }
+    }
+    for (i, score) in rest.iter().enumerate().filter(|(_, score)| **score >= least) {
+        keep(groups.len() * GROUP + i, *score);
     }
     out
 }
@@ -132,6 +169,21 @@ mod tests {
         assert!(ascending.windows(2).all(|w| key(w[0]) < key(w[1])));
         assert_eq!(key(-0.0), key(0.0));
         assert_eq!(key(f32::NAN), key(f32::NEG_INFINITY));
+    }
+
+    #[test]
+    fn survivors_are_the_scores_whose_key_is_at_least_the_threshold() {
+        let word = |i: u32| f32::from_bits(i.wrapping_mul(2_654_435_769).rotate_left(i % 31));
+        let mut scores: Vec<f32> = (0..1003).map(word).collect();
+        scores.extend([0.0, -0.0, f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1e-40, 1e-40]);
+        for threshold in [f32::NEG_INFINITY, -3.0, -1e-40, -0.0, 0.0, 1e-40, 7.0, f32::INFINITY] {
+            let found = survivors(&scores, key(threshold));
+            let expected: Vec<u32> =
+                (0..scores.len() as u32).filter(|i| key(scores[*i as usize]) >= key(threshold)).collect();
+            assert_eq!(found.positions, expected, "{threshold}");
+            assert!(found.keys.iter().zip(&expected).all(|(k, i)| *k == key(scores[*i as usize])));
+        }
+        assert_eq!(survivors(&scores, 0).positions.len(), scores.len());
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::features::{FeatureFold, Labelled};
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::kernels::moments::{Moments, accumulate};
+use crate::kernels::prefetch::fetch;
 use crate::scan::{Context, grid, in_flight, map_ordered};
 
 /// Blocks that the rows are cut into at most: each costs one pass over the accumulators to clear and to merge.
@@ -70,6 +71,10 @@ impl FeatureFold for Firing {
                 accumulate(&mut partial[..self.d_sae], indices, values)
             }
             Some(groups) => rows.clone().all(|r| {
+                if r + 1 < rows.end {
+                    let first = groups[r + 1] as usize * self.d_sae;
+                    codes.row(r + 1).0.iter().for_each(|&index| fetch(partial, first + index as usize));
+                }
                 let (indices, values) = codes.row(r);
                 let first = groups[r] as usize * self.d_sae;
                 accumulate(&mut partial[first..first + self.d_sae], indices, values)

@@ -13,6 +13,7 @@ use std::ops::Range;
 
 use super::features::{FeatureFold, Labelled, PIECE};
 use crate::error::{Error, Result};
+use crate::kernels::prefetch::fetch;
 
 /// Rows screened before thresholds are raised again.
 const BLOCK_ROWS: usize = 2048;
@@ -207,7 +208,11 @@ impl FeatureFold for TopSamples {
             let found = format!("{} samples, {} positions", block.samples.len(), block.positions.len());
             return Err(Error::shape("rows", format!("{} of each", codes.n()), found));
         }
-        for r in rows {
+        for r in rows.clone() {
+            if self.lists.is_none() && r + 1 < rows.end {
+                let first = block.group(r + 1) * self.n_lists;
+                codes.row(r + 1).0.iter().for_each(|&feature| fetch(cells, first + feature as usize));
+            }
             let (indices, values) = codes.row(r);
             let first = block.group(r) * self.n_lists;
             for (&feature, &activation) in indices.iter().zip(values) {

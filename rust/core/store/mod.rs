@@ -2,11 +2,14 @@
 
 pub mod bytes;
 pub mod faulty;
+mod finite;
 pub mod format;
 pub mod fs;
 pub mod manifest;
 pub mod map;
+mod open_shard;
 pub mod reader;
+mod same_run;
 pub mod selection;
 pub mod shard;
 pub mod writer;

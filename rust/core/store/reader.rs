@@ -170,6 +170,22 @@ impl Store {
         Ok(bytes)
     }
 
+    /// Rows of a table that lie under damage in step `step`: those under damaged blocks, or all of the step when its shard
+    /// cannot be opened.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the disk refuses, which is no damage.
+    pub fn damaged_rows(&self, table: usize, step: usize) -> Result<Vec<Range<u64>>> {
+        let all = self.starts[table][step]..self.starts[table][step + 1];
+        let damages = self.shard(step, table).and_then(|shard| shard.damages(&*self.fs));
+        match damages {
+            Ok(damages) => Ok(damages.into_iter().map(|d| d.rows).collect()),
+            Err(Error::Corrupt { .. } | Error::Store { .. } | Error::Manifest { .. }) => Ok(vec![all]),
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(vec![all]),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Checks one file of a step completely: a shard, or the table of samples (number [`Store::tables`]).
     ///
     /// Returns one line per problem.

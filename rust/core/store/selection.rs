@@ -159,6 +159,19 @@ impl Selection {
         Ok(Self { index: Arc::new(self.index.take(places)?), ..self.clone() })
     }
 
+    /// Ranges of row numbers of the column that lie under damage in step `step`: every block of its shard is checked.
+    ///
+    /// # Errors
+    /// As [`Store::damaged_rows`].
+    pub fn damaged_rows(&self, step: usize) -> Result<Vec<Range<u64>>> {
+        self.store.damaged_rows(self.table, step)
+    }
+
+    /// Number of steps of the store.
+    pub fn steps(&self) -> usize {
+        self.store.manifest().steps.len()
+    }
+
     /// The same column at the places `range`, which lies within this selection.
     #[must_use]
     pub fn slice(&self, range: Range<usize>) -> Self {

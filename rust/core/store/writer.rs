@@ -9,11 +9,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::store::format::{BLOCK, Column, HEADER, PADDING, Shard};
-use crate::store::fs::{Fs, Lock, Output, durable_rename, failpoint, io_error, retry, write_all_at};
-use crate::store::manifest::{FORMAT, MANIFEST, Manifest, SAMPLES, SealedFile, Step, Table, step_name};
+use crate::store::finite::refuse_nonfinite;
+use crate::store::fs::{Fs, Lock, durable_rename, failpoint, io_error, retry, write_all_at};
+use crate::store::manifest::{MANIFEST, Manifest, SAMPLES, SealedFile, Step, Table, step_name};
+use crate::store::open_shard::OpenShard;
+use crate::store::same_run::same_run;
 
 /// File that the writer locks.
 pub const LOCK: &str = "LOCK";
@@ -338,174 +339,6 @@ impl OpenStep {
             }
         }
     }
-}
-
-/// A shard that grows: its first column goes to disk at once, the others wait for the end of the step.
-///
-/// The second column starts where the first one ends, which only the last append tells. So row tables and the values of
-/// sparse codes, both a few bytes per row, are held in memory for one step; activations never are.
-#[derive(Debug)]
-struct OpenShard {
-    file: Box<dyn Output>,
-    path: PathBuf,
-    name: String,
-    columns: Vec<Column>,
-    rows: u64,
-    written: u64,
-    waiting: Vec<Vec<u8>>,
-    checks: Checks,
-}
-
-impl OpenShard {
-    fn create(fs: &dyn Fs, folder: &Path, table: &Table) -> Result<Self> {
-        let name = table.file_name();
-        let path = folder.join(&name);
-        let file = retry(|| fs.create(&path)).map_err(io_error("create", &path))?;
-        let columns = table.columns.clone();
-        let waiting = vec![Vec::new(); columns.len().saturating_sub(1)];
-        Ok(Self { file, path, name, columns, rows: 0, written: 0, waiting, checks: Checks::default() })
-    }
-
-    fn reserve(&mut self, n: u64) -> Result<()> {
-        let bytes = self.columns[0].row_bytes().and_then(|b| b.checked_mul(n)).unwrap_or(0);
-        let offset = HEADER as u64 + self.written;
-        retry(|| self.file.reserve(offset, bytes)).map_err(io_error("reserve", &self.path))
-    }
-
-    fn append(&mut self, n: u64, columns: &[&[u8]]) -> Result<()> {
-        if let Some((first, others)) = columns.split_first() {
-            self.put(first)?;
-            for (waiting, bytes) in self.waiting.iter_mut().zip(others) {
-                waiting.extend_from_slice(bytes);
-            }
-        }
-        self.rows += n;
-        Ok(())
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        let offset = HEADER as u64 + self.written;
-        write_all_at(&mut *self.file, bytes, offset).map_err(io_error("write", &self.path))?;
-        self.checks.update(bytes);
-        self.written += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// Writes columns that waited, padding, checksums and header; then nothing changes this file again.
-    fn seal(mut self) -> Result<SealedFile> {
-        let layout = Shard::new(&self.columns, self.rows)
-            .ok_or_else(|| Error::shape(self.name.as_str(), "a shard below 2^64 bytes", "more"))?;
-        for column in std::mem::take(&mut self.waiting) {
-            self.put(&column)?;
-        }
-        let padding = layout.tensors.iter().find(|t| t.name == PADDING);
-        self.put(&[0; 4][..padding.map_or(0, |t| (t.end - t.begin) as usize)])?;
-        let checks = std::mem::take(&mut self.checks).finish();
-        self.put(&checks)?;
-        let header = layout.header()?;
-        write_all_at(&mut *self.file, &header, 0).map_err(io_error("write", &self.path))?;
-        failpoint("header-written");
-        retry(|| self.file.seal()).map_err(io_error("seal", &self.path))?;
-        retry(|| self.file.sync()).map_err(io_error("sync", &self.path))?;
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&header), &checks);
-        Ok(SealedFile::new(self.name, layout.file_len, crc))
-    }
-}
-
-/// CRC32C of every block of a stream.
-#[derive(Debug, Default)]
-struct Checks {
-    crc: u32,
-    filled: usize,
-    done: Vec<u8>,
-}
-
-impl Checks {
-    fn update(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let (part, rest) = bytes.split_at(bytes.len().min(BLOCK - self.filled));
-            self.crc = crc32c::crc32c_append(self.crc, part);
-            self.filled += part.len();
-            bytes = rest;
-            if self.filled == BLOCK {
-                self.close();
-            }
-        }
-    }
-
-    fn close(&mut self) {
-        self.done.extend_from_slice(&self.crc.to_le_bytes());
-        (self.crc, self.filled) = (0, 0);
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        if self.filled > 0 {
-            self.close();
-        }
-        self.done
-    }
-}
-
-fn refuse_nonfinite(hook: &str, column: &Column, bytes: &[u8]) -> Result<()> {
-    // An exponent of all ones is NaN or infinity; the other bits do not matter.
-    let found = match column.dtype.dtype() {
-        Some(Dtype::F32) => offenders(bytes, |w| u32::from_le_bytes(w) & 0x7f80_0000 == 0x7f80_0000),
-        Some(Dtype::F16) => offenders(bytes, |w| u16::from_le_bytes(w) & 0x7c00 == 0x7c00),
-        Some(Dtype::Bf16) => offenders(bytes, |w| u16::from_le_bytes(w) & 0x7f80 == 0x7f80),
-        None => None,
-    };
-    let Some((first, count)) = found else { return Ok(()) };
-    let (row, column) =
-        (first / column.width.unwrap_or(1) as usize, first % column.width.unwrap_or(1) as usize);
-    let found = format!("{count} NaN or infinite, the first at row {row}, column {column}");
-    Err(Error::NonFinite { argument: hook.to_owned(), found })
-}
-
-/// Index of the first word that `is` meets, and how many do.
-fn offenders<const N: usize>(bytes: &[u8], is: impl Fn([u8; N]) -> bool) -> Option<(usize, usize)> {
-    let (words, _) = bytes.as_chunks::<N>();
-    match words.iter().filter(|w| is(**w)).count() {
-        0 => None,
-        count => words.iter().position(|w| is(*w)).map(|first| (first, count)),
-    }
-}
-
-/// Refuses to continue a store of other facts, hooks or row tables.
-fn same_run(found: &Manifest, wanted: &Manifest, root: &Path) -> Result<()> {
-    let differ = |what: &str, found: String, wanted: String| {
-        let reason = format!("cannot resume: {what}: the store has {found}, this run has {wanted}");
-        Err(Error::Store { path: root.into(), reason })
-    };
-    if found.format.minor > FORMAT.minor {
-        return Err(Error::Version {
-            path: root.join(MANIFEST),
-            found: format!("format {}.{}", found.format.major, found.format.minor),
-            supported: format!("up to {}.{} for writing", FORMAT.major, FORMAT.minor),
-        });
-    }
-    let (a, b) = (&found.facts, &wanted.facts);
-    if a != b {
-        let keys = [a, b].into_iter().filter_map(|v| v.as_object()).flat_map(|o| o.keys());
-        let key = keys.into_iter().find(|k| a.get(k) != b.get(k)).cloned().unwrap_or_default();
-        let side = |v: &serde_json::Value| v.get(&key).unwrap_or(&serde_json::Value::Null).to_string();
-        return differ(&format!("fact {key:?}"), side(a), side(b));
-    }
-    let names = |m: &Manifest| m.hooks.iter().map(|h| h.name.clone()).collect::<Vec<_>>();
-    if names(found) != names(wanted) {
-        return differ("hooks", format!("{:?}", names(found)), format!("{:?}", names(wanted)));
-    }
-    match found.tables().zip(wanted.tables()).find(|(a, b)| a != b) {
-        Some((a, b)) => differ(&format!("{:?}", a.name), describe(a), describe(b)),
-        None => Ok(()),
-    }
-}
-
-fn describe(table: &Table) -> String {
-    let columns = table.columns.iter().map(|c| match c.width {
-        Some(width) => format!("{} {} of width {width}", c.dtype.code(), c.name),
-        None => format!("{} {}", c.dtype.code(), c.name),
-    });
-    format!("{} in space {:?}", columns.collect::<Vec<_>>().join(", "), table.row_space())
 }
 
 /// Creates the folder, and those above it where missing, durably.
