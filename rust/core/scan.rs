@@ -276,7 +276,9 @@ pub fn scan_into<F: Fold>(
     let mut announced = 0;
     for wave in blocks.chunks(threads()) {
         let soon = wave.last().map_or(n, |block| n.min(block.end + ahead));
-        sources.iter().for_each(|s| s.will_need(announced..soon));
+        for source in sources {
+            source.will_need(announced..soon);
+        }
         announced = soon;
         let partials = map_ordered(wave, context, |range| {
             let mut buffers = spaces(sources);

@@ -337,17 +337,14 @@ impl SealedShard {
         for block in 0..self.blocks() {
             self.unchanged(fs)?;
             let span = self.block_span(block);
-            let bytes = match &self.bytes {
-                Bytes::Mapped(map) => {
-                    let range = HEADER + span.start as usize..HEADER + span.end as usize;
-                    map.will_need(range.start..(range.end + BLOCK).min(map.bytes().len()));
-                    &map.bytes()[range]
-                }
-                _ => {
-                    let len = (span.end - span.start) as usize;
-                    self.fill_pages(window.claim(len), len, span.start)?;
-                    window.bytes(len)
-                }
+            let bytes = if let Bytes::Mapped(map) = &self.bytes {
+                let range = HEADER + span.start as usize..HEADER + span.end as usize;
+                map.will_need(range.start..(range.end + BLOCK).min(map.bytes().len()));
+                &map.bytes()[range]
+            } else {
+                let len = (span.end - span.start) as usize;
+                self.fill_pages(window.claim(len), len, span.start)?;
+                window.bytes(len)
             };
             let crc32c = (check_of(&self.checks, block).unwrap_or(0), crc32c(bytes));
             if crc32c.0 != crc32c.1 {
