@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import microtome as mt
 from circuit_cases import assert_same_state, pairs_of, state, tiny
 from microtome.circuits import Circuit, CircuitShape, NodeScores, PositionMap, compare_circuits, interchange
-from microtome.circuits.audit import completeness, exact_agreement, patching_map, rank_correlation, split_half
+from microtome.circuits.audit import completeness, exact_agreement, patching_map, rank_correlation
+from microtome.circuits.blocks import split_half
 from microtome.circuits.interchange import interchange_table, random_subcircuit, swapped_circuit
 from microtome.circuits.overlap import normalised_iou
 from microtome.errors import ShapeError

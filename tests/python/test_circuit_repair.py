@@ -7,7 +7,7 @@ import torch
 import tiny_models
 from circuit_cases import assert_same_state, pairs_of, state, tiny
 from microtome.circuits import alignment, back_patch, back_patch_iterated, gap_closed
-from microtome.circuits.backpatch import BackPatch, Setting, all_settings
+from microtome.circuits.repair import BackPatch, Setting, all_settings
 from microtome.errors import ShapeError
 
 

@@ -12,8 +12,9 @@ from microtome.circuits.circuit import Circuit, CircuitShape
 from microtome.circuits.edge_graph import EdgeGraph
 from microtome.circuits.overlap import circuit_iou, circuit_niou, compare_circuits
 from microtome.circuits.positions import PositionMap
+from microtome.circuits.repair import BackPatch, Choice, Setting, all_settings, gap_closed
 from microtome.circuits.scores import MIB_SIZES, SIZES, NodeScores
-from microtome.circuits.statistics import Interval, bootstrap, mcnemar
+from microtome.circuits.statistics import Interval, bootstrap, jackknife, mcnemar
 from microtome.metrics import expected_iou
 from microtome.tensors import extra
 
@@ -21,6 +22,7 @@ if find_spec("torch") is not None:
     from microtome.circuits.ablation import (
         ablate_features,
         ablate_heads,
+        attributed_heads,
         head_means,
         matched_features,
         random_heads,
@@ -33,17 +35,10 @@ if find_spec("torch") is not None:
         exact_agreement,
         patching_map,
         rank_correlation,
-        split_half,
     )
-    from microtome.circuits.backpatch import (
-        BackPatch,
-        Choice,
-        Setting,
-        all_settings,
-        back_patch,
-        back_patch_iterated,
-        gap_closed,
-    )
+    from microtome.circuits.backpatch import back_patch, back_patch_iterated
+    from microtome.circuits.blocks import Blocks, attribute_blocks, overlap_intervals, split_half
+    from microtome.circuits.causal import causal_test
     from microtome.circuits.edges import attribute_edges
     from microtome.circuits.faithfulness import (
         Curve,
@@ -71,6 +66,7 @@ if find_spec("torch") is not None:
     )
     from microtome.circuits.pairs import GROUPS, PairSet, PreparedPair, prepare
     from microtome.circuits.plan import Cost, estimate
+    from microtome.circuits.record import pairs_fingerprint, weights_fingerprint
 
 __all__ = [
     "GROUPS",
@@ -80,6 +76,7 @@ __all__ = [
     "YES",
     "AttentionMap",
     "BackPatch",
+    "Blocks",
     "Choice",
     "Circuit",
     "CircuitShape",
@@ -106,10 +103,13 @@ __all__ = [
     "attention_implementation",
     "attention_maps",
     "attribute",
+    "attribute_blocks",
     "attribute_edges",
+    "attributed_heads",
     "back_patch",
     "back_patch_iterated",
     "bootstrap",
+    "causal_test",
     "circuit_iou",
     "circuit_niou",
     "compare_circuits",
@@ -125,16 +125,20 @@ __all__ = [
     "gap_closed",
     "head_means",
     "interchange",
+    "jackknife",
     "matched_features",
     "mcnemar",
     "mean_embedding",
     "outcome",
+    "overlap_intervals",
+    "pairs_fingerprint",
     "patching_map",
     "prepare",
     "random_heads",
     "rank_correlation",
     "split_half",
     "token_group",
+    "weights_fingerprint",
 ]
 
 

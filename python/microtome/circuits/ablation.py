@@ -19,9 +19,18 @@ from torch import Tensor
 from microtome.circuits.forward import as_pair_set, left_as_found
 from microtome.circuits.pairs import PairSet
 from microtome.circuits.replacements import mean_values
+from microtome.circuits.scores import NodeScores
 from microtome.errors import ShapeError
 
-__all__ = ["Heads", "ablate_features", "ablate_heads", "head_means", "matched_features", "random_heads"]
+__all__ = [
+    "Heads",
+    "ablate_features",
+    "ablate_heads",
+    "attributed_heads",
+    "head_means",
+    "matched_features",
+    "random_heads",
+]
 
 Heads = Sequence[tuple[int, int]]
 """(layer, head) pairs."""
@@ -191,6 +200,25 @@ def head_means(
     with left_as_found(model), torch.no_grad():
         values = mean_values(adapter, as_pair_set(pairs), positional, batch_size)
     return {layer: mean for (kind, layer), mean in values.items() if kind == "heads"}
+
+
+def attributed_heads(scores: NodeScores, n: int) -> list[tuple[int, int]]:
+    """The ``n`` heads with the largest magnitude summed over positions, the largest first; ties to the lower layer and head.
+
+    Raises:
+        ShapeError: fewer than ``n`` heads, or ``n`` below 1.
+
+    Example:
+        >>> heads = np.zeros((2, 3, 4), np.float32)
+        >>> heads[1, 0, 2] = heads[0, :, 3] = 1
+        >>> attributed_heads(NodeScores(heads, np.zeros((2, 3, 8), np.float32), 1), 2)
+        [(0, 3), (1, 2)]
+    """
+    totals = np.abs(np.nan_to_num(scores.heads.astype(np.float64))).sum(1)  # (L, H)
+    if not 1 <= n <= totals.size:
+        raise ShapeError(f"n: expected 1 to {totals.size} heads, found {n}")
+    order = np.argsort(-totals, axis=None, kind="stable")[:n]
+    return [(int(i // totals.shape[1]), int(i % totals.shape[1])) for i in order]
 
 
 def random_heads(model: Any, heads: Heads, n: int, seed: int = 0) -> list[list[tuple[int, int]]]:

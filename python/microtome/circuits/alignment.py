@@ -8,6 +8,7 @@ mean-centred cosine stands beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,14 @@ def alignment(
 
     Raises:
         ShapeError: the two forms differ in number, or a prompt has no such positions.
+
+    Example:
+        >>> from microtome import organism
+        >>> from microtome.circuits import prepare
+        >>> model, processor = organism.load_model(), organism.load_processor()
+        >>> seen, told = (prepare(model, processor, organism.pairs("colour", form, 4)) for form in ("visual", "textual"))
+        >>> alignment(model, seen, told)["layer"].to_list()
+        [-1, 0, 1, 2, 3, 4, 5]
     """
     from microtome.capture.models import adapt
 
@@ -89,9 +98,14 @@ def _residuals(adapter: Any, pairs: PairSet, group: str) -> Iterator[Tensor]:
             raise ShapeError(f"pair {i}: expected {group} positions, found none")
         merged = merge(adapter, pair.clean)
         kept = [merged.embeds[0, where].float()]
-        with on_residuals(adapter, lambda _, x, kept=kept, at=where: kept.append(x[0, at].float())):  # type: ignore[misc]
+        visit = partial(_keep, kept, where)
+        with on_residuals(adapter, visit, with_deepstack=True):
             decode(adapter, merged)
         yield torch.stack(kept)
+
+
+def _keep(kept: list[Tensor], where: Tensor, _layer: int, x: Tensor) -> None:
+    kept.append(x[0, where].float())
 
 
 def _mean(residuals: Iterator[Tensor]) -> Tensor:

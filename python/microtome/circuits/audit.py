@@ -1,4 +1,4 @@
-"""How far scores and circuits can be trusted: agreement with exact patching, completeness, split-half noise, exact maps."""
+"""How far scores and circuits can be trusted: agreement with exact patching, completeness, exact maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from microtome.circuits.forward import (
     logit_difference,
     merge_pair,
 )
-from microtome.circuits.overlap import circuit_iou
 from microtome.circuits.pairs import PairSet
 from microtome.circuits.passes import interpolated
 from microtome.circuits.scores import NodeScores
@@ -31,7 +30,6 @@ __all__ = [
     "exact_agreement",
     "patching_map",
     "rank_correlation",
-    "split_half",
 ]
 
 
@@ -42,7 +40,8 @@ def rank_correlation(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
         ShapeError: the vectors differ in length.
 
     Example:
-        >>> round(rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]), 6) 0.8
+        >>> round(rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]), 6)
+        0.8
     """
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if a.shape != b.shape or a.ndim != 1:
@@ -138,23 +137,6 @@ def completeness(model: Any, pairs: PairSet, steps: int = 50, *, batch_size: int
             totals[1] += float((ends[-1] - ends[0]).double().sum())
     integral, difference = totals / len(pairs)
     return Completeness(float(integral), float(difference))
-
-
-def split_half(
-    model: Any, pairs: PairSet, size: float, *, n_splits: int = 3, seed: int = 0, **attribution: Any
-) -> pl.DataFrame:
-    """Overlap of circuits found on two random halves of the same pairs: the noise floor of every comparison.
-
-    Returns:
-        One row per split and group (``all`` besides): split, group, iou.
-    """
-    rows = []
-    for split in range(n_splits):
-        halves = as_pair_set(pairs).split(0.5, seed + split)
-        a, b = (attribute(model, half, **attribution).circuit(size) for half in halves)
-        for group in (None, *(g for g, where in a.groups.items() if where)):
-            rows.append({"split": split, "group": group or "all", "iou": circuit_iou(a, b, group=group)})
-    return pl.DataFrame(rows)
 
 
 def patching_map(

@@ -4,7 +4,8 @@
 >>> heads, neurons = np.zeros((2, 3, 4), bool), np.zeros((2, 3, 8), bool)
 >>> heads[1, 2, 0] = neurons[0, 2, 5] = True
 >>> circuit = Circuit.of_masks(heads, neurons, {"generation": (2,)})
->>> len(circuit), ("head", 1, 2, 0) in circuit (2, True)
+>>> len(circuit), ("head", 1, 2, 0) in circuit
+(2, True)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,10 +63,16 @@ class Circuit:
     """Bit (layer · P + position) · m + neuron."""
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Positions of each group: prefix, data, query, generation."""
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What made the circuit: those of its scores (method, steps, weights, pairs, dtype, version) and its size."""
 
     @classmethod
     def of_masks(
-        cls, heads: npt.ArrayLike, neurons: npt.ArrayLike, groups: Mapping[str, tuple[int, ...]] | None = None
+        cls,
+        heads: npt.ArrayLike,
+        neurons: npt.ArrayLike,
+        groups: Mapping[str, tuple[int, ...]] | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> Circuit:
         """From boolean masks ``(L, P, H)`` and ``(L, P, m)``.
 
@@ -78,7 +85,7 @@ class Circuit:
                 f"heads, neurons: expected masks (L, P, H) and (L, P, m), found {h.shape} and {m.shape}"
             )
         shape = CircuitShape(h.shape[0], h.shape[1], h.shape[2], m.shape[2])
-        return cls(shape, Bitset.from_mask(h), Bitset.from_mask(m), dict(groups or {}))
+        return cls(shape, Bitset.from_mask(h), Bitset.from_mask(m), dict(groups or {}), dict(facts or {}))
 
     @classmethod
     def empty(cls, shape: CircuitShape, groups: Mapping[str, tuple[int, ...]] | None = None) -> Circuit:
@@ -171,7 +178,20 @@ class Circuit:
     def _with(self, other: Circuit, operation: Any) -> Circuit:
         self.require_same_shape(other)
         heads, neurons = (operation(self.bits(kind), other.bits(kind)) for kind in KINDS)
-        return Circuit(self.shape, heads, neurons, self.groups)
+        return Circuit(self.shape, heads, neurons, self.groups, self.facts)
+
+    def require_same_model(self, other: Circuit) -> None:
+        """Refuse to compare circuits of different weights, as far as both know theirs.
+
+        Raises:
+            ShapeError: the weights' fingerprints differ.
+        """
+        ours, theirs = self.facts.get("weights"), other.facts.get("weights")
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ShapeError(
+                f"circuits: expected circuits of the same weights, found {ours} and {theirs}. "
+                "across_models=True compares them all the same"
+            )
 
     def require_same_shape(self, other: Circuit) -> None:
         """Refuse to mix circuits of different node spaces.
@@ -204,7 +224,7 @@ class Circuit:
     def at_positions(self, keep: Mask) -> Circuit:
         """The nodes at the positions where ``keep`` ``(P,)`` is true."""
         heads, neurons = (self.mask(kind) & keep[None, :, None] for kind in KINDS)
-        return Circuit.of_masks(heads, neurons, self.groups)
+        return Circuit.of_masks(heads, neurons, self.groups, self.facts)
 
     def shuffled(self, seed: int) -> Circuit:
         """A random circuit with as many heads and neurons in every group, at any layer, position and index there."""
@@ -227,7 +247,7 @@ class Circuit:
         """Position labels dropped: a node is in when it is at any position (of ``group``). Position axis of length 1."""
         where = list(self.positions(group)) if group else list(range(self.shape.n_slots))
         heads, neurons = (self.mask(kind)[:, where].any(1, keepdims=True) for kind in KINDS)
-        return Circuit.of_masks(heads, neurons, {})
+        return Circuit.of_masks(heads, neurons, {}, self.facts)
 
     def to_polars(self) -> pl.DataFrame:
         """One row per node: kind, layer, position, index."""
@@ -239,8 +259,9 @@ class Circuit:
         return pl.concat(frames)
 
     def save(self, path: str | Path) -> None:
-        """Write one parquet file: a row per node, sizes and groups in its metadata."""
-        facts = {"shape": list(self.shape), "groups": {g: list(p) for g, p in self.groups.items()}}
+        """Write one parquet file: a row per node; sizes, groups and what made the circuit in its metadata."""
+        groups = {g: list(p) for g, p in self.groups.items()}
+        facts = {"shape": list(self.shape), "groups": groups, "facts": dict(self.facts)}
         self.to_polars().write_parquet(path, metadata={_METADATA: json.dumps(facts)})
 
     @classmethod
@@ -257,7 +278,7 @@ class Circuit:
             )
         known = json.loads(facts)
         shape = CircuitShape(*known["shape"])
-        circuit = cls.empty(shape, {g: tuple(p) for g, p in known["groups"].items()})
+        groups = {g: tuple(p) for g, p in known["groups"].items()}
         masks = {}
         table = pl.read_parquet(path)
         for kind, name in NAMES.items():
@@ -267,4 +288,4 @@ class Circuit:
                 raise ShapeError(f"circuit: {path}: expected nodes inside {mask.shape}, found others")
             mask[tuple(at.T)] = True
             masks[kind] = Bitset.from_mask(mask)
-        return replace(circuit, head_bits=masks["heads"], neuron_bits=masks["neurons"])
+        return cls(shape, masks["heads"], masks["neurons"], groups, known.get("facts", {}))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import polars as pl
 
 from microtome.capture.data import load_model
 from microtome.circuits.pairs import Align, PairSet, prepare
+from microtome.circuits.plan import parse_bytes
+from microtome.circuits.settings import Settings
 from microtome.circuits.study import FORMS, Options, run, shared_more_in_generation, tasks_of
 from microtome.errors import ShapeError
 from microtome.evaluation.tasks import PromptPair, counterfactual_pairs, load_pairs, load_prompts
 
-__all__ = ["study"]
+__all__ = ["numbers", "study"]
 
 
 def study(
@@ -25,21 +28,29 @@ def study(
     n_pairs: int,
     options: Mapping[str, Any],
     *,
-    align: Align = "absolute",
+    align: str = "absolute",
     progress: bool = True,
+    say: Callable[[str], None] | None = None,
+    estimate_only: bool = False,
 ) -> dict[str, pl.DataFrame]:
     """Load, prepare, run; the study's tables, ``shared`` besides where a task has two forms.
 
     Raises:
-        ShapeError: no pairs, or pairs of which none can be used.
+        ShapeError: an option or a task that is not known, no pairs, or pairs of which none can be used.
     """
+    told = Options(**options)
+    told.check()
+    Settings(told.method, told.steps, "merged", "abs_sum", False).check()
+    parse_bytes(told.memory_budget)
+    if align not in ("absolute", "spans"):
+        raise ShapeError(f"align: expected absolute or spans, found {align!r}")
     if model == "organism":
-        loaded, prepared = _organism(tasks, n_pairs, int(options.get("seed", 42)))
+        loaded, prepared = _organism(tasks, n_pairs, told.seed)
     else:
-        if not tasks:
-            raise ShapeError("tasks: expected files of pairs, found none. Give --tasks pairs.jsonl")
-        loaded, prepared = _from_files(model, tasks, align)
-    found = run(loaded, prepared, out, Options(**options), progress=progress)
+        loaded, prepared = _from_files(model, tasks, align)  # type: ignore[arg-type]
+    found = run(loaded, prepared, out, told, progress=progress, say=say, estimate_only=estimate_only)
+    if estimate_only:
+        return found.tables
     if "overlap" in found.tables:
         found.tables["shared"] = shared_more_in_generation(found.tables)
         found.tables["shared"].write_parquet(out / "shared.parquet")
@@ -52,9 +63,31 @@ def study(
     return found.tables
 
 
+def numbers(name: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
+    """Numbers with commas between them.
+
+    Raises:
+        ShapeError: one of them is none.
+
+    Example:
+        >>> numbers("windows", "5, 3,1", int)
+        (5, 3, 1)
+    """
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        wanted = {int: "whole numbers", float: "numbers"}[kind]
+        raise ShapeError(f"{name}: expected {wanted} with commas between them, found {text!r}") from None
+
+
 def _organism(tasks: Sequence[str] | None, n: int, seed: int) -> tuple[Any, dict[str, dict[str, PairSet]]]:
     from microtome import organism
 
+    unknown = [task for task in tasks or () if task not in organism.TASKS]
+    if unknown:
+        raise ShapeError(f"tasks: expected some of {', '.join(organism.TASKS)}, found {unknown[0]!r}")
+    if n < 6:
+        raise ShapeError(f"pairs: expected 6 or more of each task and form, found {n}")
     model, processor = organism.load_model(), organism.load_processor()
     out: dict[str, dict[str, PairSet]] = {}
     for task in tasks or organism.TASKS:
@@ -65,17 +98,33 @@ def _organism(tasks: Sequence[str] | None, n: int, seed: int) -> tuple[Any, dict
     return model, out
 
 
-def _from_files(name: str, files: Sequence[str], align: Align) -> tuple[Any, dict[str, dict[str, PairSet]]]:
-    model, processor = load_model(name)
+def _from_files(
+    name: str, files: Sequence[str] | None, align: Align
+) -> tuple[Any, dict[str, dict[str, PairSet]]]:
+    if not files:
+        raise ShapeError("tasks: expected files of pairs, found none. Give --tasks pairs.jsonl")
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise FileNotFoundError(errno.ENOENT, "tasks: expected a file of pairs, found none", missing[0])
     pairs = [pair for file in files for pair in _pairs(Path(file))]
+    forms = sorted({pair.clean.form for pair in pairs} - set(FORMS))
+    if forms:
+        raise ShapeError(f"tasks: expected prompts of form {' or '.join(FORMS)}, found {forms[0]!r}")
+    model, processor = load_model(name)
     prepared = {
-        task: {
-            form: prepare(model, processor, found, align=align, on_invalid="drop")
-            for form, found in forms.items()
-        }
+        task: {form: _prepared(model, processor, task, form, found, align) for form, found in forms.items()}
         for task, forms in tasks_of(pairs).items()
     }
     return model, prepared
+
+
+def _prepared(
+    model: Any, processor: Any, task: str, form: str, pairs: Sequence[Any], align: Align
+) -> PairSet:
+    try:
+        return prepare(model, processor, pairs, align=align, on_invalid="drop")
+    except ShapeError as error:
+        raise ShapeError(f"{task}, {form}: {error}") from None
 
 
 def _pairs(path: Path) -> list[PromptPair]:

@@ -146,7 +146,8 @@ def faithfulness(
         >>> model, processor = organism.load_model(), organism.load_processor()
         >>> pairs = prepare(model, processor, organism.pairs("colour", "textual", 4))
         >>> all_nodes = attribute(model, pairs).circuit(1.0)
-        >>> round(float(faithfulness(model, pairs, all_nodes)), 6) 1.0
+        >>> round(float(faithfulness(model, pairs, all_nodes)), 6)
+        1.0
     """
     return faithfulness_of(
         model,

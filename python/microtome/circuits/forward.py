@@ -195,17 +195,26 @@ def on_nodes(adapter: Any, visit: Visit, layers: Sequence[int] | None = None) ->
 
 @contextmanager
 def on_residuals(
-    adapter: Any, visit: Callable[[int, Tensor], Tensor | None], layers: Sequence[int] | None = None
+    adapter: Any,
+    visit: Callable[[int, Tensor], Tensor | None],
+    layers: Sequence[int] | None = None,
+    *,
+    with_deepstack: bool = False,
 ) -> Iterator[None]:
     """Call ``visit(layer, resid_post)`` on the output of every decoder layer; what it returns replaces the output.
 
-    ``resid_post`` is what the layer module returns. DeepStack features are added after it, and stay in place.
+    ``resid_post`` is what the layer module returns. DeepStack features are added after it, and stay in place;
+    ``with_deepstack`` gives the residual stream behind that addition instead, which is what the next layer is
+    given.
     """
     points = adapter.hook_points()
+    behind = set(adapter.deepstack_layers) if with_deepstack else set()
     with ExitStack() as stack:
         for layer in range(adapter.n_layers) if layers is None else layers:
-            handle = points[f"blocks.{layer}.hook_resid_post"].replace(partial(visit, layer))
-            stack.callback(handle.remove)
+            name = f"blocks.{layer}.hook_resid_post"
+            if layer in behind and layer + 1 < adapter.n_layers:
+                name = f"blocks.{layer + 1}.hook_resid_pre"
+            stack.callback(points[name].replace(partial(visit, layer)).remove)
         yield
 
 

@@ -26,7 +26,14 @@ from microtome.circuits.pairs import PairSet
 from microtome.circuits.positions import PositionMap
 from microtome.errors import ShapeError
 
-__all__ = ["Interchange", "interchange", "random_subcircuit", "swapped_circuit"]
+__all__ = [
+    "Interchange",
+    "interchange",
+    "interchange_controls",
+    "interchange_table",
+    "random_subcircuit",
+    "swapped_circuit",
+]
 
 Matrix = npt.NDArray[np.float64]
 
@@ -110,6 +117,7 @@ def interchange(
     ablation: Ablation = "counterfactual",
     batch_size: int = 16,
     progress: bool = True,
+    across_models: bool = False,
 ) -> dict[str, Interchange]:
     """Exchange the sub-circuits of every group between two forms, both ways.
 
@@ -123,12 +131,25 @@ def interchange(
         ablation: as in :func:`microtome.circuits.faithfulness`.
         batch_size: pairs per forward.
         progress: show a bar.
+        across_models: take circuits whose facts name different weights.
 
     Raises:
-        ShapeError: circuits and pairs do not fit, or no random draw is asked for.
+        ShapeError: circuits and pairs do not fit, circuits of different weights, or no random draw is asked for.
+
+    Example:
+        >>> from microtome import organism
+        >>> from microtome.circuits import attribute, prepare
+        >>> model, processor = organism.load_model(), organism.load_processor()
+        >>> sets = tuple(prepare(model, processor, organism.pairs("shape", form, 4)) for form in ("visual", "textual"))
+        >>> circuits = tuple(attribute(model, pairs, "plain").circuit(0.05) for pairs in sets)
+        >>> found = interchange(model, sets, circuits, ["generation"], n_random=2)
+        >>> found["generation"].random[0].shape       # draws, pairs
+        (2, 4)
     """
     if n_random < 1:
         raise ShapeError(f"n_random: expected 1 or more, found {n_random}")
+    if not across_models:
+        circuits[0].require_same_model(circuits[1])
     sides = []
     for own, other, evaluation in (
         (circuits[0], circuits[1], pairs[0]),
@@ -169,3 +190,48 @@ def interchange_table(found: dict[str, Interchange], forms: tuple[str, str], see
             }
         rows.append(row)
     return pl.DataFrame(rows)
+
+
+def interchange_controls(
+    found: dict[str, Interchange], forms: tuple[str, str], seed: int = 0
+) -> pl.DataFrame:
+    """Faithfulness behind the normalised values: one row per group, form and circuit.
+
+    Returns:
+        Columns group, form, circuit (``own``, ``other form``, ``random``), faithfulness, low, high: 95 % bootstrap
+        over pairs, and over draws for the random sub-circuits.
+    """
+    rows = []
+    for group, one in found.items():
+        for i, form in enumerate(forms):
+            sides = {
+                "own": one.original[i][None],
+                "other form": one.swapped[i][None],
+                "random": one.random[i],
+            }
+            for circuit, values in sides.items():
+                row = {
+                    "group": group,
+                    "form": form,
+                    "circuit": circuit,
+                    "faithfulness": float(np.nanmean(values)),
+                }
+                low, high = _grid_interval(values, seed)
+                rows.append(row | {"low": low, "high": high})
+    return pl.DataFrame(rows)
+
+
+def _grid_interval(values: Matrix, seed: int, n_resamples: int = 1000) -> tuple[float, float]:
+    """Percentile interval of the mean of ``values`` (draws, n), both axes resampled."""
+    rng = np.random.default_rng(seed)
+    known = values[:, ~np.isnan(values).any(0)]
+    if not known.size:
+        return float("nan"), float("nan")
+    means = [
+        known[rng.integers(len(known), size=len(known))][
+            :, rng.integers(known.shape[1], size=known.shape[1])
+        ].mean()
+        for _ in range(n_resamples)
+    ]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -13,7 +13,7 @@ With large circuits that is nearly saturated: the tables carry the chance level 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from microtome.errors import ShapeError
 from microtome.metrics import expected_iou
 from microtome.metrics import normalised_iou as above_chance
 
-__all__ = ["Overlap", "circuit_iou", "circuit_niou", "compare_circuits", "normalised_iou"]
+__all__ = ["Overlap", "circuit_iou", "circuit_niou", "compare_circuits", "normalised_iou", "overlap_rows"]
 
 Kinds = tuple[NodeKind, ...]
 
@@ -58,6 +58,7 @@ def circuit_iou(
     group: str | None = None,
     kind: NodeKind | None = None,
     position_free: bool | None = None,
+    across_models: bool = False,
 ) -> float:
     """Intersection over union of two circuits.
 
@@ -69,9 +70,10 @@ def circuit_iou(
         kind: ``"heads"`` or ``"neurons"``; the average of both when None, without a kind that both circuits
             lack.
         position_free: drop position labels; True for the data group when None.
+        across_models: compare circuits whose facts name different weights, such as before and after pruning.
 
     Raises:
-        ShapeError: different models, or circuits that do not know the group.
+        ShapeError: different models or weights, or circuits that do not know the group.
 
     Example:
         >>> import numpy as np
@@ -80,6 +82,7 @@ def circuit_iou(
         >>> circuit_iou(Circuit.of_masks(heads[0], neurons[0]), Circuit.of_masks(heads[1], neurons[1]))
         0.5
     """
+    _require_one_model(a, b, across_models)
     return _mean(_overlaps(a, b, group, kind, position_free), "iou")
 
 
@@ -94,6 +97,7 @@ def circuit_niou(
     compat: Literal["notebook"] | None = None,
     n_draws: int = 100,
     seed: int = 0,
+    across_models: bool = False,
 ) -> float:
     """IoU beyond chance: 0 for random circuits, 1 for equal ones; NaN where chance itself is 1.
 
@@ -109,10 +113,20 @@ def circuit_niou(
             1.
         n_draws: random circuits.
         seed: of the draws.
+        across_models: as in :func:`circuit_iou`.
 
     Raises:
         ShapeError: as :func:`circuit_iou`.
+
+    Example:
+        >>> import numpy as np
+        >>> heads, neurons = np.zeros((2, 1, 2, 4), bool), np.zeros((2, 1, 2, 4), bool)
+        >>> heads[0, 0, 0, :3] = heads[1, 0, 0, 1:] = True
+        >>> a, b = (Circuit.of_masks(h, n) for h, n in zip(heads, neurons))
+        >>> round(circuit_niou(a, b), 3)              # 3 of 8 twice: 0.259 by chance, 0.5 seen
+        0.325
     """
+    _require_one_model(a, b, across_models)
     overlaps = _overlaps(a, b, group, kind, position_free)
     level = _mean(overlaps, "chance")
     if chance == "draws":
@@ -125,6 +139,11 @@ def normalised_iou(iou: float, chance: float, compat: Literal["notebook"] | None
     if compat == "notebook":
         return min(max(iou - 2 * chance, 0.01), 1.0)
     return above_chance(iou, chance)
+
+
+def _require_one_model(a: Circuit, b: Circuit, across_models: bool) -> None:
+    if not across_models:
+        a.require_same_model(b)
 
 
 def _mean(overlaps: list[list[Overlap]], name: str) -> float:
@@ -197,35 +216,58 @@ def random_ious(
     return out
 
 
-def compare_circuits(a: Circuit, b: Circuit, *, n_draws: int = 100, seed: int = 0) -> pl.DataFrame:
-    """Overlap of two circuits in every position group and overall.
-
-    Returns:
-        One row per group (and ``all``) and kind (``heads``, ``neurons``, ``mean``): size_a, size_b, iou,
-        chance, niou, and from ``n_draws`` random circuits drawn_mean, drawn_low, drawn_high (95 %) and p, the
-        share of draws that reach the IoU.
-    """
-    groups = [None, *(g for g in a.groups if g in b.groups and a.groups[g] and b.groups[g])]
-    rows = []
+def overlap_rows(a: Circuit, b: Circuit) -> Iterator[dict[str, Any]]:
+    """Overlap by position group (and ``all``) and kind: group, kind, size_a, size_b, iou, chance, niou."""
+    groups = [None, *(g for g in a.groups if a.groups[g] and b.groups.get(g))]
     for group in groups:
         for kind in (*KINDS, None):
             overlaps = _overlaps(a, b, group, kind, None)
             iou, chance = _mean(overlaps, "iou"), _mean(overlaps, "chance")
-            drawn = random_ious(a, b, group, kind, None, n_draws, seed)
-            low, high = np.quantile(drawn, [0.025, 0.975])
-            rows.append(
-                {
-                    "group": group or "all",
-                    "kind": kind or "mean",
-                    "size_a": sum(o.size_a for o in overlaps[0]),
-                    "size_b": sum(o.size_b for o in overlaps[0]),
-                    "iou": iou,
-                    "chance": chance,
-                    "niou": normalised_iou(iou, chance),
-                    "drawn_mean": float(drawn.mean()),
-                    "drawn_low": float(low),
-                    "drawn_high": float(high),
-                    "p": (1 + int((drawn >= iou).sum())) / (n_draws + 1),
-                }
-            )
+            yield {
+                "group": group or "all",
+                "kind": kind or "mean",
+                "size_a": sum(o.size_a for o in overlaps[0]),
+                "size_b": sum(o.size_b for o in overlaps[0]),
+                "iou": iou,
+                "chance": chance,
+                "niou": normalised_iou(iou, chance),
+            }
+
+
+def compare_circuits(
+    a: Circuit, b: Circuit, *, n_draws: int = 100, seed: int = 0, across_models: bool = False
+) -> pl.DataFrame:
+    """Overlap of two circuits in every position group and overall.
+
+    Args:
+        a: a circuit.
+        b: another of the same model.
+        n_draws: random circuits of the same sizes in every group.
+        seed: of the draws.
+        across_models: as in :func:`circuit_iou`.
+
+    Returns:
+        One row per group (and ``all``) and kind (``heads``, ``neurons``, ``mean``): size_a, size_b (of the
+        compared sets: without positions in the data group), iou, chance (expected IoU of random sets of these
+        sizes), niou, and from ``n_draws`` random circuits, drawn before positions are dropped, drawn_mean,
+        drawn_low, drawn_high (95 %), niou_drawn and p, the share of draws that reach the IoU.
+
+    Raises:
+        ShapeError: as :func:`circuit_iou`.
+    """
+    _require_one_model(a, b, across_models)
+    rows = []
+    for row in overlap_rows(a, b):
+        group = None if row["group"] == "all" else row["group"]
+        kind = None if row["kind"] == "mean" else row["kind"]
+        drawn = random_ious(a, b, group, kind, None, n_draws, seed)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        more = {
+            "drawn_mean": float(drawn.mean()),
+            "drawn_low": float(low),
+            "drawn_high": float(high),
+            "niou_drawn": normalised_iou(row["iou"], float(drawn.mean())),
+            "p": (1 + int((drawn >= row["iou"]).sum())) / (n_draws + 1),
+        }
+        rows.append(row | more)
     return pl.DataFrame(rows)

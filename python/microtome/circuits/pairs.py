@@ -48,7 +48,7 @@ class PreparedPair:
     kinds: tuple[str, ...]
     """What each clean position is: text, image or video."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Id, task, form and whatever else the source said."""
+    """Id, task, form, prompt and image of the clean side, where the source has them."""
 
     @property
     def length(self) -> int:

@@ -23,8 +23,8 @@ class PositionMap:
     Example:
         >>> text = {"data": (0, 1, 2), "query": (3, 4), "generation": (5,)}
         >>> image = {"data": (0, 1), "query": (2, 3), "generation": (4,)}
-        >>> PositionMap.between(text, image).pairs[:, 0].tolist()              # position 0 goes to all of the
-        image [True, True, True, False, False, False]
+        >>> PositionMap.between(text, image).pairs[:, 0].astype(int).tolist()     # all words of the data go to each image token
+        [1, 1, 1, 0, 0, 0]
     """
 
     pairs: npt.NDArray[np.bool_]

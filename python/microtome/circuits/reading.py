@@ -42,7 +42,9 @@ def read_pair(model: Any, processor: Any, pair: Any, align: Align) -> PreparedPa
         )
     else:
         partner = _partners(spans, kinds)
-    facts = {name: _part(_part(pair, "clean"), name, None) for name in ("id", "task", "form")}
+    facts = {
+        name: _part(_part(pair, "clean"), name, None) for name in ("id", "task", "form", "prompt", "image")
+    }
     return PreparedPair(
         sides["clean"],
         sides["corrupted"],

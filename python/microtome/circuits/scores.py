@@ -82,18 +82,25 @@ class NodeScores:
             )
         rank = np.abs if self.signed and by == "absolute" else np.asarray
         values = {"heads": rank(self.heads), "neurons": rank(self.neurons)}
+        facts = dict(self.facts) | {
+            "n_pairs": self.n_pairs,
+            "size": size,
+            "neurons": neurons,
+            "joint": joint,
+            "by": by,
+        }
         if joint:
-            return self._joint(size, values)
+            return self._joint(size, values, facts)
         shares = {"heads": size, "neurons": size if neurons is None else neurons}
         of_heads, of_neurons = (_top(values[kind], int(shares[kind] * values[kind].size)) for kind in KINDS)
-        return Circuit(self.shape, of_heads, of_neurons, dict(self.groups))
+        return Circuit(self.shape, of_heads, of_neurons, dict(self.groups), facts)
 
-    def _joint(self, size: float, values: Mapping[str, Scores]) -> Circuit:
+    def _joint(self, size: float, values: Mapping[str, Scores], facts: Mapping[str, Any]) -> Circuit:
         flat = np.concatenate([values["heads"].reshape(-1), values["neurons"].reshape(-1)])
         chosen = _top(flat, int(size * flat.size)).to_mask()
         heads, neurons = np.split(chosen, [self.heads.size])
         return Circuit.of_masks(
-            heads.reshape(self.heads.shape), neurons.reshape(self.neurons.shape), self.groups
+            heads.reshape(self.heads.shape), neurons.reshape(self.neurons.shape), self.groups, facts
         )
 
     def effect_map(self) -> npt.NDArray[np.float64]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from microtome.errors import ShapeError
 
-__all__ = ["Interval", "bootstrap", "mcnemar"]
+__all__ = ["Interval", "bootstrap", "jackknife", "mcnemar"]
 
 Vector = npt.NDArray[np.float64]
 
@@ -48,7 +48,8 @@ def bootstrap(
 
     Example:
         >>> import numpy as np
-        >>> bootstrap(lambda x: float(x.mean()), [np.ones(5)]) Interval(value=1.0, low=1.0, high=1.0)
+        >>> bootstrap(lambda x: float(x.mean()), [np.ones(5)])
+        Interval(value=1.0, low=1.0, high=1.0)
     """
     n = len(samples[0])
     if any(len(sample) != n for sample in samples):
@@ -68,6 +69,46 @@ def bootstrap(
     return Interval(statistic(*samples), float(low), float(high))
 
 
+def jackknife(value: float, *left_out: Sequence[float]) -> Interval:
+    """95 % interval of a statistic of one or more independent samples, from its values without one block each.
+
+    SE² = Σ over samples of (B - 1)/B Σ_i (θ_(i) - mean θ_(·))², and the interval is value ± t SE with the quantile
+    of Student's t of the fewest blocks less one. Unlike the bootstrap it draws no pair twice, which would make
+    selected circuits noisier than the one they are about.
+
+    Args:
+        value: the statistic of everything.
+        left_out: for each sample the statistic without block i, i = 1..B.
+
+    Raises:
+        ShapeError: fewer than two blocks in a sample.
+
+    Example:
+        >>> x = np.arange(10.0)
+        >>> means = [float(np.delete(x, i).mean()) for i in range(10)]     # the jackknife of a mean is its s / √n
+        >>> found = jackknife(float(x.mean()), means)
+        >>> round(float((found.high - found.value) / (x.std(ddof=1) / 10**0.5)), 2)
+        2.26
+    """
+    if not left_out or any(len(values) < 2 for values in left_out):
+        raise ShapeError(f"jackknife: expected at least 2 blocks, found {[len(v) for v in left_out]}")
+    sums = ((len(v) - 1) / len(v) * np.sum((np.asarray(v) - np.mean(v)) ** 2) for v in left_out)
+    margin = _student(min(map(len, left_out)) - 1) * float(np.sqrt(sum(sums)))
+    return Interval(value, value - margin, value + margin)
+
+
+def _student(freedom: int) -> float:
+    """97.5 % quantile of Student's t, to 0.3 % from 4 degrees of freedom on (Cornish and Fisher's expansion)."""
+    known = {1: 12.706, 2: 4.303, 3: 3.182}
+    z = 1.959964
+    return known.get(freedom) or (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+
+
 def mcnemar(before: npt.ArrayLike, after: npt.ArrayLike) -> float:
     """Exact two-sided p value of McNemar's test on paired outcomes (right or wrong, the same items).
 
@@ -78,7 +119,8 @@ def mcnemar(before: npt.ArrayLike, after: npt.ArrayLike) -> float:
         ShapeError: the outcomes differ in length.
 
     Example:
-        >>> mcnemar([1, 1, 1, 1, 1], [0, 0, 0, 0, 0]) 0.0625
+        >>> mcnemar([1, 1, 1, 1, 1], [0, 0, 0, 0, 0])
+        0.0625
     """
     x, y = np.asarray(before, bool), np.asarray(after, bool)
     if x.shape != y.shape:

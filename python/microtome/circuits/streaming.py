@@ -23,6 +23,7 @@ from microtome._core import __version__
 from microtome.circuits.pairs import PairSet
 from microtome.circuits.passes import Accumulator
 from microtome.circuits.plan import Plan, Tile
+from microtome.circuits.record import pairs_fingerprint, weights_fingerprint
 from microtome.circuits.scores import NodeScores
 from microtome.circuits.settings import Settings
 from microtome.errors import StoreError
@@ -45,7 +46,9 @@ class Stream:
         self._saved_at = time.monotonic()
         layers, slots = adapter.n_layers, pairs.n_slots
         shapes = {"heads": (layers, slots, adapter.n_heads), "neurons": (layers, slots, adapter.d_mlp)}
-        self._identity = _fingerprint(adapter, pairs, settings, plan)
+        self._made_of = {"weights": weights_fingerprint(adapter.model), "pairs": pairs_fingerprint(pairs)}
+        told = repr((settings, plan.tiles, plan.batch_size, plan.points_per_pass, self._made_of))
+        self._identity = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
         if self._folder is None:
             self._arrays: dict[str, npt.NDArray[np.float32]] = {
                 k: np.zeros(s, np.float32) for k, s in shapes.items()
@@ -150,6 +153,7 @@ class Stream:
             "model": type(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
             "version": __version__,
+            **self._made_of,
             "identity": self._identity,
             "align": self._pairs.align,
         }
@@ -174,17 +178,3 @@ def _replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _fingerprint(adapter: Any, pairs: PairSet, settings: Settings, plan: Plan) -> str:
-    """What must be the same for a run to go on: settings, tiles, prompts, and the sum of every weight."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((settings, plan.tiles, plan.batch_size, plan.points_per_pass, pairs.align)).encode())
-    for pair in pairs:
-        for side in (pair.clean, pair.corrupted):
-            for name, x in sorted(side.items()):
-                digest.update(name.encode() + x.detach().cpu().contiguous().float().numpy().tobytes())
-        digest.update(f"{pair.answer} {pair.corrupted_answer};".encode())
-    for name, parameter in adapter.model.named_parameters():
-        digest.update(f"{name} {parameter.detach().double().sum().item()!r};".encode())
-    return digest.hexdigest()

@@ -1,114 +1,196 @@
-"""Figures of a circuit study, from its tables alone.
+"""Figures of a circuit study, each from one table of it.
 
-:func:`write_figures` reads the parquet files that ``microtome circuit`` writes and draws what is there:
-patching effects over layer and position, faithfulness over size, overlap and interchange per group, alignment
-over layers, back-patching over layer pairs.
+:func:`draw` gives every figure that the tables allow: patching effects over layer and position, faithfulness over
+size, overlap and interchange per position group, attention over the picture, mean-ablation of heads, alignment over
+layers, back-patching over layer pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
-from microtome.errors import ShapeError
 from microtome.report.figures import PALETTE, canvas
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "write_figures"]
+__all__ = ["draw"]
 
 Tables = Mapping[str, pl.DataFrame]
 _GROUPS = ("data", "query", "generation")
 _GROUP_COLOURS = {"data": PALETTE["image"], "query": PALETTE["text"], "generation": PALETTE["accent"]}
-_GREY = "#5d6b7a"
+_TASK_COLOURS = ("#2a6f97", "#b03060", "#e08e2b", "#4f772d", "#7a5195", "#1c2430", "#00a3a3", "#a0785a")
+_GREY, _LIGHT = "#5d6b7a", "#dfe4ea"
+_FORM_COLOURS = {"visual": PALETTE["image"], "textual": PALETTE["text"]}
 
 
-def draw(tables: Tables) -> dict[str, Figure]:
-    """Every figure that the tables allow, by name."""
-    figures: dict[str, Figure] = {}
+def draw(tables: Tables) -> dict[str, tuple[Figure, pl.DataFrame]]:
+    """Every figure that the tables allow, by name, with the rows it shows."""
+    figures: dict[str, tuple[Figure, pl.DataFrame]] = {}
     if "curves" in tables:
-        figures["faithfulness"] = faithfulness_curves(tables["curves"])
-    for name, title in (("overlap", "nIoU"), ("interchange", "normalised faithfulness")):
-        if name in tables:
-            figures[name] = group_bars(tables[name], title)
+        figures["faithfulness"] = faithfulness_curves(tables["curves"]), tables["curves"]
+    if "overlap" in tables:
+        shown = tables["overlap"].filter(pl.col("kind") == "mean", pl.col("group").is_in(_GROUPS))
+        figures["overlap"] = overlap_bars(shown, tables.get("noise")), shown
+    if "interchange" in tables:
+        figures["interchange"] = interchange_bars(tables["interchange"]), tables["interchange"]
+    if "controls" in tables:
+        figures["controls"] = interchange_raw(tables["controls"]), tables["controls"]
     if "alignment" in tables:
-        figures["alignment"] = alignment_lines(tables["alignment"])
-    if "effects" in tables:
-        for task in tables["effects"]["task"].unique(maintain_order=True):
-            figures[f"effects-{task}"] = effect_maps(tables["effects"].filter(pl.col("task") == task), task)
-    if "backpatch" in tables:
-        for task in tables["backpatch"]["task"].unique(maintain_order=True):
-            figures[f"backpatch-{task}"] = back_patch_maps(
-                tables["backpatch"].filter(pl.col("task") == task), task
+        figures["alignment"] = alignment_lines(tables["alignment"]), tables["alignment"]
+    if "repair" in tables:
+        figures["repair"] = repair_gains(tables["repair"]), tables["repair"]
+    if "ablation" in tables:
+        figures["ablation"] = ablation_changes(tables["ablation"]), tables["ablation"]
+    for name, one in (
+        ("effects", effect_maps),
+        ("backpatch", back_patch_maps),
+        ("attention", attention_overlays),
+    ):
+        for task in _tasks(tables[name]) if name in tables else ():
+            part = tables[name].filter(pl.col("task") == task)
+            chosen = (
+                tables["repair"].filter(pl.col("task") == task)
+                if name == "backpatch" and "repair" in tables
+                else None
             )
+            figure = one(part, task) if chosen is None else back_patch_maps(part, task, chosen)
+            figures[f"{name}-{task}"] = figure, part.drop("picture", strict=False)
     return figures
 
 
-def write_figures(folder: str | Path) -> list[Path]:
-    """Draw the study in ``folder`` into its ``figures`` as PNG.
+def _tasks(table: pl.DataFrame) -> list[str]:
+    return table["task"].unique(maintain_order=True).to_list()
 
-    Raises:
-        ShapeError: the folder holds no table of a study.
-    """
-    source = Path(folder)
-    names = ("curves", "overlap", "interchange", "alignment", "effects", "backpatch")
-    tables = {name: pl.read_parquet(path) for name in names if (path := source / f"{name}.parquet").exists()}
-    if not tables:
-        raise ShapeError(f"figures: {source}: expected the tables of a circuit study, found none")
-    out = source / "figures"
-    out.mkdir(exist_ok=True)
-    paths = []
-    for name, figure in draw(tables).items():
-        paths.append(out / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150, facecolor="white")
-    return paths
+
+def _colour(number: int) -> str:
+    return _TASK_COLOURS[number % len(_TASK_COLOURS)]
 
 
 def faithfulness_curves(table: pl.DataFrame) -> Figure:
-    """Faithfulness over circuit size: solid for text, dotted for pictures, a line at 80 %."""
-    figure, axes = canvas()
-    colours = ["#2a6f97", "#b03060", "#e08e2b", "#4f772d", "#7a5195", "#5d6b7a", "#00a3a3"]
-    for i, task in enumerate(table["task"].unique(maintain_order=True)):
+    """Faithfulness over circuit size: solid for text, dotted for pictures, a line at 80 %, 95 % bands."""
+    from matplotlib.lines import Line2D
+
+    figure, axes = canvas(7.4, 3.8)
+    tasks = _tasks(table)
+    for i, task in enumerate(tasks):
         for form, style in (("textual", "-"), ("visual", ":")):
             part = table.filter((pl.col("task") == task) & (pl.col("form") == form) & (pl.col("size") > 0))
             if part.height:
-                colour = colours[i % len(colours)]
-                axes.plot(part["size"], part["faithfulness"], style, color=colour, label=f"{task}, {form}")
-                axes.fill_between(part["size"], part["low"], part["high"], color=colour, alpha=0.08, lw=0)
+                axes.plot(part["size"], part["faithfulness"], style, color=_colour(i), lw=1.7)
+                axes.fill_between(part["size"], part["low"], part["high"], color=_colour(i), alpha=0.07, lw=0)
     axes.axhline(0.8, color=_GREY, lw=0.8)
+    axes.text(axes.get_xlim()[0], 0.81, " 80 %", color=_GREY, fontsize=8, va="bottom")
+    axes.set(xscale="log", xlabel="circuit size (share of heads and of neurons)", ylabel="faithfulness")
     axes.set(
-        xscale="log", xlabel="circuit size (share of all nodes)", ylabel="faithfulness", ylim=(-0.1, 1.2)
+        ylim=(
+            min(-0.1, float(table["faithfulness"].min() or 0) - 0.05),
+            max(1.15, float(table["faithfulness"].max() or 1) + 0.05),
+        )
     )
-    axes.legend(frameon=False, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    ticks = [0.001, 0.01, 0.1, 1.0]
+    axes.set_xticks(ticks, ["0.1 %", "1 %", "10 %", "100 %"])
+    keys = [Line2D([], [], color=_colour(i), label=task) for i, task in enumerate(tasks)]
+    keys += [
+        Line2D([], [], color=_GREY, ls=style, label=form) for form, style in (("text", "-"), ("picture", ":"))
+    ]
+    axes.legend(handles=keys, frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     return figure
 
 
-def group_bars(table: pl.DataFrame, ylabel: str) -> Figure:
-    """One bar per task and position group, with intervals where the table has them."""
-    value = "niou" if "niou" in table.columns else "normalised"
-    if "kind" in table.columns:
-        table = table.filter(pl.col("kind") == "mean")
-    tasks = table["task"].unique(maintain_order=True).to_list()
-    figure, axes = canvas(width=max(5.0, 1.4 * len(tasks) + 1.5))
+def _bars(axes: Axes, table: pl.DataFrame, value: str, tasks: Sequence[str], low: str, high: str) -> None:
+    """One bar per task and group with its interval; what is not defined is said so."""
     for i, group in enumerate(_GROUPS):
         part = table.filter(pl.col("group") == group)
-        places = [tasks.index(task) + (i - 1) * 0.27 for task in part["task"]]
-        heights = part[value].fill_nan(None).fill_null(0).to_numpy()
-        axes.bar(places, heights, 0.25, color=_GROUP_COLOURS[group], label=group)
-        if value == "normalised":
-            error = np.stack([heights - part["low"].to_numpy(), part["high"].to_numpy() - heights])
-            axes.errorbar(places, heights, np.maximum(error, 0), fmt="none", ecolor=_GREY, lw=1)
-    axes.axhline(1, color=_GREY, lw=0.8, ls=":")
+        for row in part.iter_rows(named=True):
+            place = tasks.index(row["task"]) + (i - 1) * 0.27
+            if row[value] is None or not np.isfinite(row[value]):
+                axes.text(place, 0.02, "n.d.", rotation=90, ha="center", va="bottom", fontsize=7, color=_GREY)
+                continue
+            axes.bar(place, row[value], 0.25, color=_GROUP_COLOURS[group])
+            edges = row.get(low), row.get(high)
+            if all(e is not None and np.isfinite(e) for e in edges):
+                axes.plot([place, place], edges, color="#1c2430", lw=1, clip_on=True)
     axes.axhline(0, color=_GREY, lw=0.8)
     axes.set_xticks(range(len(tasks)), tasks)
-    lowest = float(np.nan_to_num(table[value].to_numpy()).min(initial=0.0))
-    axes.set(ylabel=ylabel, ylim=(min(-0.25, max(lowest, -1.0) - 0.05), 1.3))
-    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.set_xlim(-0.6, len(tasks) - 0.4)
+
+
+def _group_legend(axes: Axes, extra: Sequence[Any] = ()) -> None:
+    from matplotlib.patches import Patch
+
+    keys = [Patch(color=_GROUP_COLOURS[group], label=group) for group in _GROUPS]
+    axes.legend(
+        handles=[*keys, *extra], frameon=False, ncols=3 + len(extra), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )  # fmt: skip
+
+
+def overlap_bars(table: pl.DataFrame, noise: pl.DataFrame | None = None) -> Figure:
+    """IoU with its chance level, and nIoU with jackknife intervals; the noise floor is what halves of one form share."""
+    from matplotlib.lines import Line2D
+
+    tasks = _tasks(table)
+    figure, panels = canvas(max(8.0, 2.4 * len(tasks)), 3.4, columns=2)
+    for axes, value in zip(panels, ("iou", "niou"), strict=True):
+        _bars(axes, table, value, tasks, f"{value}_low", f"{value}_high")
+        axes.set(ylabel={"iou": "IoU", "niou": "nIoU"}[value], ylim=(-0.12 if value == "niou" else 0, 1.08))
+        for row in table.iter_rows(named=True):
+            place = tasks.index(row["task"]) + (_GROUPS.index(row["group"]) - 1) * 0.27
+            if value == "iou":
+                axes.plot([place - 0.12, place + 0.12], [row["chance"]] * 2, color="#1c2430", lw=1.8)
+            if noise is not None:
+                halves = noise.filter((pl.col("task") == row["task"]) & (pl.col("group") == row["group"]))
+                known = halves[value].drop_nans()
+                if len(known):
+                    axes.plot(place, known.mean(), marker="D", ms=4.5, mfc="white", mec="#1c2430", lw=0)
+    keys = [Line2D([], [], marker="D", mfc="white", mec="#1c2430", lw=0, label="halves of one form")]
+    _group_legend(panels[0], [Line2D([], [], color="#1c2430", lw=1.8, label="chance")])
+    _group_legend(panels[1], keys)
+    return figure
+
+
+def interchange_bars(table: pl.DataFrame) -> Figure:
+    """Normalised faithfulness with the other form's sub-circuit: 0 as a random one, 1 as the form's own."""
+    tasks = _tasks(table)
+    figure, axes = canvas(max(5.5, 1.5 * len(tasks)), 3.4)
+    _bars(axes, table, "normalised", tasks, "low", "high")
+    axes.axhline(1, color=_GREY, lw=0.8, ls=":")
+    axes.set(ylim=(-0.6, 1.3))
+    axes.set_yticks([0, 0.5, 1], ["0\nrandom", "0.5", "1\nown"])
+    axes.set_ylabel("normalised faithfulness")
+    _group_legend(axes)
+    return figure
+
+
+def interchange_raw(table: pl.DataFrame) -> Figure:
+    """Faithfulness of each form with its own, the other form's and random sub-circuits, group by group."""
+    tasks = _tasks(table)
+    figure, panels = canvas(max(8.0, 2.4 * len(tasks)), 3.2, columns=2, sharey=True)
+    looks = {"own": ("o", 1.0), "other form": ("s", 0.7), "random": ("x", 0.4)}
+    for axes, form in zip(panels, ("visual", "textual"), strict=True):
+        for row in table.filter(pl.col("form") == form).iter_rows(named=True):
+            centre = tasks.index(row["task"]) + (_GROUPS.index(row["group"]) - 1) * 0.28
+            place = centre + (list(looks).index(row["circuit"]) - 1) * 0.07
+            colour = _GROUP_COLOURS[row["group"]]
+            axes.plot([place, place], [row["low"], row["high"]], color=colour, lw=1)
+            axes.plot(place, row["faithfulness"], looks[row["circuit"]][0], color=colour, ms=4.5)
+        axes.axhline(0, color=_GREY, lw=0.8)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=20)
+        axes.set_title({"visual": "pictures", "textual": "words"}[form], y=1.08)
+    panels[0].set_ylabel("faithfulness")
+    from matplotlib.lines import Line2D
+
+    keys = [Line2D([], [], marker=m, color=_GREY, lw=0, label=name) for name, (m, _) in looks.items()]
+    _group_legend(panels[0])
+    panels[1].legend(
+        handles=keys, frameon=False, ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
     return figure
 
 
@@ -116,50 +198,196 @@ def alignment_lines(table: pl.DataFrame) -> Figure:
     """Largest cosine of image tokens to words over layers, as it is and mean-centred."""
     figure, axes = canvas(width=9, columns=2, sharey=True)
     for panel, column in zip(axes, ("cosine", "centred"), strict=True):
-        for task in table["task"].unique(maintain_order=True):
+        for i, task in enumerate(_tasks(table)):
             part = table.filter(pl.col("task") == task)
-            panel.plot(part["layer"], part[column], label=task)
-            panel.fill_between(part["layer"], part[f"{column}_low"], part[f"{column}_high"], alpha=0.12, lw=0)
-        panel.set(xlabel="layer (-1: embeddings)", title=column)
+            panel.plot(part["layer"], part[column], label=task, color=_colour(i), lw=1.6)
+            panel.fill_between(
+                part["layer"],
+                part[f"{column}_low"],
+                part[f"{column}_high"],
+                color=_colour(i),
+                alpha=0.1,
+                lw=0,
+            )
+        panel.set(xlabel="layer (-1: embeddings)", title={"centred": "mean-centred"}.get(column, column))
     axes[0].set_ylabel("image-to-text alignment")
-    axes[1].legend(frameon=False, fontsize=7)
+    axes[1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     return figure
 
 
 def effect_maps(table: pl.DataFrame, title: str) -> Figure:
-    """Patching effect over layer and position, one panel per form, group borders marked.
+    """Patching effect over layer and position, one panel per form, groups named below.
 
     Colours follow the effect to the power 0.4: the last position would hide all others on a linear scale.
     """
     from matplotlib.colors import PowerNorm
 
-    forms = table["form"].unique(maintain_order=True).to_list()
-    figure, axes = canvas(width=4.6 * len(forms), columns=len(forms), squeeze=False)
+    forms = _forms(table)
+    figure, axes = canvas(width=4.8 * len(forms) + 0.6, columns=len(forms), squeeze=False)
+    norm = PowerNorm(0.4, 0, max(float(table["effect"].max() or 0), 1e-12))  # type: ignore[arg-type]
     for panel, form in zip(axes[0], forms, strict=True):
         part = table.filter(pl.col("form") == form)
         values = part.pivot("position", index="layer", values="effect").sort("layer").drop("layer").to_numpy()
-        panel.imshow(values, aspect="auto", origin="lower", cmap="magma", norm=PowerNorm(0.4))
-        groups = part.filter(pl.col("layer") == 0).sort("position")["group"].to_list()
-        starts = [i for i, g in enumerate(groups) if i == 0 or g != groups[i - 1]]
-        panel.set_xticks(starts, [groups[i] for i in starts], rotation=45, ha="right")
-        for start in starts[1:]:
-            panel.axvline(start - 0.5, color="white", lw=0.6)
+        image = panel.imshow(values, aspect="auto", origin="lower", cmap="magma", norm=norm)
+        _name_groups(panel, part.filter(pl.col("layer") == 0).sort("position")["group"].to_list())
         panel.set(title=f"{title}, {form}", ylabel="layer")
+        panel.set_yticks(range(len(values)) if len(values) <= 12 else range(0, len(values), 4))
+    figure.colorbar(image, ax=axes[0].tolist(), label="patching effect", shrink=0.9, pad=0.01)
     return figure
 
 
-def back_patch_maps(table: pl.DataFrame, title: str) -> Figure:
-    """Change in accuracy over source and destination layer, the best window; pictures beside the text control."""
-    forms = table["form"].unique(maintain_order=True).to_list()
+def _name_groups(panel: Axes, groups: list[str]) -> None:
+    """A tick in the middle of every group, a line at its border."""
+    starts = [i for i, g in enumerate(groups) if i == 0 or g != groups[i - 1]]
+    ends = [*starts[1:], len(groups)]
+    names = {"generation": "gen.", "prefix": "bos" if ends and ends[0] == 1 else "prefix"}
+    labels = [names.get(groups[a], groups[a]) for a in starts]
+    panel.set_xticks([(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)], labels, fontsize=8)
+    for start in starts[1:]:
+        panel.axvline(start - 0.5, color="white", lw=0.8)
+
+
+def _forms(table: pl.DataFrame) -> list[str]:
+    return table["form"].unique(maintain_order=True).to_list()
+
+
+def back_patch_maps(table: pl.DataFrame, title: str, chosen: pl.DataFrame | None = None) -> Figure:
+    """Change in P(right answer) over source and destination layer, the best window; pictures beside the text control.
+
+    A circle marks the setting chosen on half of the prompts.
+    """
+    forms = _forms(table)
     figure, axes = canvas(width=4.2 * len(forms), height=3.6, columns=len(forms), squeeze=False)
-    change = table.with_columns((pl.col("accuracy") - pl.col("baseline")).alias("change"))
-    limit = float(change["change"].abs().to_numpy().max(initial=1e-9))
+    change = table.with_columns((pl.col("p_correct") - pl.col("p_baseline")).alias("change"))
+    best = change.group_by("form", "src", "dst").agg(pl.col("change").max())
+    limit = max(float(best["change"].abs().max() or 0), 1e-9)  # type: ignore[arg-type]
+    n = int(table["src"].max() or 0) + 1  # type: ignore[call-overload]
     for panel, form in zip(axes[0], forms, strict=True):
-        best = change.filter(pl.col("form") == form).group_by("src", "dst").agg(pl.col("change").max())
-        n = int(best["src"].to_numpy().max()) + 1
+        part = best.filter(pl.col("form") == form)
         values = np.full((n, n), np.nan)
-        values[best["dst"].to_numpy(), best["src"].to_numpy()] = best["change"].to_numpy()
+        values[part["dst"].to_numpy(), part["src"].to_numpy()] = part["change"].to_numpy()
+        panel.set_facecolor(_LIGHT)
         image = panel.imshow(values, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
         panel.set(title=f"{title}, {form}", xlabel="from layer", ylabel="to layer")
-    figure.colorbar(image, ax=axes[0].tolist(), label="change in accuracy", shrink=0.9)
+        for row in () if chosen is None else chosen.filter(pl.col("form") == form).iter_rows(named=True):
+            panel.plot(row["src"], row["dst"], "o", mfc="none", mec="#1c2430", ms=13, mew=1.4)
+            panel.annotate(
+                f"w = {row['window']}", (row["src"], row["dst"]), ha="center", va="center", fontsize=6
+            )
+    figure.colorbar(image, ax=axes[0].tolist(), label="change in P(right answer)", shrink=0.9)
     return figure
+
+
+def repair_gains(table: pl.DataFrame) -> Figure:
+    """Gain of back-patching on the prompts that did not choose the setting, pictures beside the text control."""
+    tasks = _tasks(table)
+    figure, panels = canvas(max(8.0, 2.2 * len(tasks)), 3.2, columns=2)
+    for axes, value, label in zip(
+        panels, ("gain", "p_gain"), ("gain in accuracy", "gain in P(right answer)"), strict=True
+    ):
+        for i, (form, colour) in enumerate(_FORM_COLOURS.items()):
+            part = table.filter(pl.col("form") == form)
+            places = [tasks.index(task) + (i - 0.5) * 0.2 for task in part["task"]]
+            axes.vlines(places, part[f"{value}_low"], part[f"{value}_high"], color=colour, lw=1.4)
+            axes.plot(
+                places,
+                part[value],
+                "o",
+                color=colour,
+                ms=5,
+                label={"visual": "picture", "textual": "text (control)"}[form],
+            )
+        axes.axhline(0, color=_GREY, lw=0.8)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=20)
+        axes.set_ylabel(label)
+    panels[0].legend(frameon=False, ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def ablation_changes(table: pl.DataFrame) -> Figure:
+    """Change in accuracy and P(correct) with attributed heads at their mean, beside random heads (bars: their 95 % range)."""
+    tasks = _tasks(table)
+    figure, panels = canvas(max(8.0, 2.2 * len(tasks)), 3.2, columns=2)
+    for axes, value, label in zip(
+        panels, ("accuracy", "p_correct"), ("change in accuracy", "change in P(correct)"), strict=True
+    ):
+        for i, (form, colour) in enumerate(_FORM_COLOURS.items()):
+            part = table.filter(pl.col("form") == form)
+            places = np.array([tasks.index(task) + (i - 0.5) * 0.34 for task in part["task"]])
+            axes.vlines(places - 0.06, part[f"{value}_low"], part[f"{value}_high"], color=colour, lw=1.4)
+            axes.plot(
+                places - 0.06,
+                part[f"{value}_change"],
+                "o",
+                color=colour,
+                ms=5,
+                label=f"attributed heads, {form}",
+            )
+            if f"control_{value}_low" in part.columns:
+                axes.vlines(
+                    places + 0.06,
+                    part[f"control_{value}_low"],
+                    part[f"control_{value}_high"],
+                    color=_GREY,
+                    lw=4,
+                    alpha=0.35,
+                )
+                axes.plot(
+                    places + 0.06,
+                    part[f"control_{value}_change"],
+                    "_",
+                    color=_GREY,
+                    ms=8,
+                    label="random heads" if i else None,
+                )
+        axes.axhline(0, color=_GREY, lw=0.8)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=20)
+        axes.set_ylabel(label)
+    panels[0].legend(frameon=False, ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0))
+    return figure
+
+
+def attention_overlays(table: pl.DataFrame, title: str) -> Figure:
+    """Attention of the attributed heads from the last position over the picture: a row per head, a column per prompt."""
+    prompts = table["prompt"].unique(maintain_order=True).to_list()
+    heads = table.select("layer", "head").unique(maintain_order=True).rows()
+    size = 1.9 * len(prompts) + 0.6, 1.9 * len(heads) + 0.8
+    figure, panels = canvas(*size, columns=len(prompts), rows=len(heads), squeeze=False)
+    for row in table.iter_rows(named=True):
+        i, j = heads.index((row["layer"], row["head"])), prompts.index(row["prompt"])
+        _overlay(panels[i, j], row)
+        if i == 0:
+            panels[i, j].set_title(_wrapped(row["text"].replace("<image>", "").strip()), fontsize=7)
+        if j == 0:
+            panels[i, j].set_ylabel(f"L{row['layer']}H{row['head']}", fontsize=9)
+        panels[i, j].set_xlabel(f"{row['image_mass']:.0%} on the picture", fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _overlay(panel: Axes, row: Mapping[str, Any]) -> None:
+    weights = np.asarray(row["weights"], np.float64)
+    side = round(len(weights) ** 0.5)
+    panel.set_xticks([])
+    panel.set_yticks([])
+    if side * side != len(weights):
+        panel.plot(weights, color=PALETTE["image"], lw=1)
+        return
+    grid = weights.reshape(side, side) / max(weights.max(), 1e-12)
+    extent = (0, side, side, 0)
+    if row["picture"]:
+        import matplotlib.image as images
+
+        panel.imshow(images.imread(io.BytesIO(row["picture"])), extent=extent, interpolation="nearest")
+    panel.imshow(
+        np.zeros_like(grid), extent=extent, cmap="gray", alpha=0.75 * (1 - grid), interpolation="nearest"
+    )
+
+
+def _wrapped(text: str, width: int = 24) -> str:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines[:3])

@@ -21,7 +21,9 @@ PALETTE = {"image": "#b03060", "text": "#2a6f97", "pool": "#b8c0c8", "accent": "
 _CYCLE = [PALETTE[name] for name in ("text", "image", "accent", "third", "pool")]
 
 
-def canvas(width: float = 7.0, height: float = 3.4, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+def canvas(
+    width: float = 7.0, height: float = 3.4, columns: int = 1, rows: int = 1, **options: Any
+) -> tuple[Figure, Any]:
     """An empty figure in the house style: (figure, axes)."""
     extra("matplotlib", "report")
     import matplotlib as mpl
@@ -38,7 +40,7 @@ def canvas(width: float = 7.0, height: float = 3.4, columns: int = 1, **options:
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-        axes = figure.subplots(1, columns, subplot_kw={"facecolor": "none"}, **options)
+        axes = figure.subplots(rows, columns, subplot_kw={"facecolor": "none"}, **options)
     return figure, axes
 
 
