@@ -1,5 +1,6 @@
 """Pairs on tiny models, and a model that is linear in its nodes."""
 
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -49,6 +50,25 @@ def linear_model():
     model.config.num_hidden_layers = 1
     decoder.norm = PlainNorm()
     return built
+
+
+@contextmanager
+def failing_at(model, number, error):
+    """The decoder's last layer raises in its forward ``number`` (0 is the first)."""
+    seen = []
+
+    def fail(*_):
+        seen.append(1)
+        if len(seen) > number:
+            raise error
+
+    handle = model.get_decoder().layers[-1].register_forward_hook(fail)
+    before = len(model.get_decoder().layers[-1]._forward_hooks)
+    try:
+        yield
+    finally:
+        assert len(model.get_decoder().layers[-1]._forward_hooks) == before
+        handle.remove()
 
 
 def state(model):

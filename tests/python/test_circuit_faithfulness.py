@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import microtome as mt
 import tiny_models
-from circuit_cases import assert_same_state, linear_model, pairs_of, state, tiny
+from circuit_cases import assert_same_state, failing_at, linear_model, pairs_of, state, tiny
+from microtome.capture.models import adapt
 from microtome.circuits import (
     MIB_SIZES,
     SIZES,
@@ -42,6 +43,20 @@ def test_empty_circuit_scores_zero_and_the_whole_model_one(family):
     assert float(nothing) == 0
     assert abs(float(everything) - 1) < 1e-5
     assert nothing.n_dropped == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_model_is_left_as_found_when_a_run_fails(family, error):
+    """In the clean, the counterfactual, the empty and a circuit's run."""
+    built = tiny(family)
+    pairs = pairs_of(built, 2)
+    circuits = [mt.attribute(built.model, pairs, "plain").circuit(s) for s in (0.1, 0.3)]
+    before = state(built.model)
+    for at in range(5):
+        with pytest.raises(error), failing_at(built.model, at, error):
+            faithfulness_of(built.model, pairs, circuits)
+        assert_same_state(before, state(built.model))
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -137,6 +152,54 @@ def test_curve_gives_the_smallest_size_and_the_integrals_of_mib():
     assert table["faithfulness"].to_list() == [0.0, 0.6, 0.9, 1.0]
 
 
+def test_integrals_on_the_grid_of_mib_are_trapezoids_of_its_ten_sizes():
+    """CPR and CMD written out in float64: f in [0, 1], above 1, and below 0."""
+    assert MIB_SIZES == (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    f = np.array([-0.2, 0.0, 0.1, 0.4, 0.7, 1.3, 1.1, 0.9, 1.0, 1.0])
+    curve = Curve(np.array(MIB_SIZES), tuple(of([v], [0], [1], "means") for v in f))
+    cpr = cmd = 0.0
+    for i in range(9):
+        width = MIB_SIZES[i + 1] - MIB_SIZES[i]
+        cpr += width * (f[i] + f[i + 1]) / 2
+        cmd += width * (abs(1 - f[i]) + abs(1 - f[i + 1])) / 2
+    assert curve.cpr() == pytest.approx(cpr, abs=1e-12)
+    assert curve.cmd() == pytest.approx(cmd, abs=1e-12)
+
+
+def test_replacements_follow_their_definitions():
+    """Mean over prompts and positions, over prompts alone, zero, and another prompt's values, from plain hooks."""
+    from microtome.circuits.forward import merge, node_values
+    from microtome.circuits.replacements import Replacements
+
+    built = tiny("llava")
+    pairs = pairs_of(built, 3)
+    adapter = adapt(built.model)
+    batch = next(pairs.batches(3))
+    seen = []
+    down = built.model.get_decoder().layers[1].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda _, a: seen.append(a[0][0]))
+    with torch.no_grad():
+        for pair in pairs:
+            built.model(**pair.clean)
+    handle.remove()
+    values = torch.stack(seen).double()  # (3, p, m)
+    site = "neurons", 1
+
+    def replaced(ablation):
+        made = Replacements(adapter, pairs, pairs, ablation, 0, 2)
+        return made.of(batch, lambda: node_values(adapter, merge(adapter, batch.corrupted)))[site]
+
+    torch.testing.assert_close(replaced("mean")[0, 0].double(), values.mean((0, 1)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        replaced("mean_positional").double(), values.mean(0).expand(3, -1, -1), atol=1e-6, rtol=1e-5
+    )
+    assert not replaced("zero").any()
+    for i, row in enumerate(replaced("resample").double()):
+        donors = [j for j in range(3) if torch.allclose(row, values[j], atol=1e-6)]
+        assert len(donors) == 1
+        assert donors != [i]
+
+
 def test_curve_runs_on_the_grid_of_mib():
     built = tiny("llava")
     pairs = pairs_of(built, 3)
@@ -149,15 +212,20 @@ def test_curve_runs_on_the_grid_of_mib():
 
 
 def test_circuits_of_one_call_share_the_other_runs():
-    """Clean, counterfactual and empty once, a forward for each circuit."""
+    """Clean, the replacements' and the empty run once, then a forward for each circuit; zeros need no run at all."""
     built = tiny("llama")
     pairs = pairs_of(built, 2, image=False)
     circuits = [mt.attribute(built.model, pairs).circuit(s) for s in (0.1, 0.2, 0.5)]
-    calls = []
-    handle = built.model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    faithfulness_of(built.model, pairs, circuits)
-    handle.remove()
-    assert len(calls) == 3 + len(circuits)
+    for ablation in ABLATIONS:
+        calls = []
+        handle = (
+            built.model.get_decoder()
+            .layers[0]
+            .register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        )
+        faithfulness_of(built.model, pairs, circuits, ablation)
+        handle.remove()
+        assert len(calls) == (2 if ablation == "zero" else 3) + len(circuits), ablation
 
 
 def test_logit_difference_reads_the_last_position_of_prompts_without_padding():

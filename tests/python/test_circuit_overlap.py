@@ -12,9 +12,11 @@ import microtome as mt
 from circuit_cases import assert_same_state, pairs_of, state, tiny
 from microtome.circuits import Circuit, CircuitShape, NodeScores, PositionMap, compare_circuits, interchange
 from microtome.circuits.audit import completeness, exact_agreement, patching_map, rank_correlation
-from microtome.circuits.blocks import split_half
+from microtome.circuits.blocks import Blocks, attribute_blocks, overlap_intervals, split_half
 from microtome.circuits.interchange import interchange_table, random_subcircuit, swapped_circuit
 from microtome.circuits.overlap import normalised_iou
+from microtome.circuits.record import pairs_fingerprint, weights_fingerprint
+from microtome.circuits.statistics import jackknife
 from microtome.errors import ShapeError
 
 GROUPS = {"prefix": (0,), "data": (1, 2), "query": (3,), "generation": (4,)}
@@ -264,8 +266,144 @@ def test_scores_agree_with_exact_patching_on_the_top_nodes():
         assert rank_correlation(of_kind["score"], of_kind["exact"]) > 0.8
 
 
+def test_blocks_add_up_to_the_attribution_of_all_pairs():
+    built = tiny("llava")
+    pairs = pairs_of(built, 5)
+    blocks = attribute_blocks(built.model, pairs, 3)
+    assert [part.n_pairs for part in blocks.parts] == [2, 2, 1]
+    whole, added = mt.attribute(built.model, pairs), blocks.scores()
+    np.testing.assert_allclose(added.heads, whole.heads, atol=1e-6)
+    np.testing.assert_allclose(added.neurons, whole.neurons, atol=1e-6)
+    np.testing.assert_allclose(
+        blocks.scores([0, 2]).heads, mt.attribute(built.model, pairs[[0, 1, 4]]).heads, atol=1e-6
+    )
+    with pytest.raises(ShapeError, match="at least one"):
+        blocks.scores([])
+    with pytest.raises(ShapeError, match="n_blocks: expected 1 or more"):
+        attribute_blocks(built.model, pairs, 0)
+
+
 def test_split_half_gives_the_noise_floor_per_group():
     built = tiny("llava")
     table = split_half(built.model, pairs_of(built, 4), 0.1, n_splits=2, method="plain")
+    assert table.columns == ["split", "group", "iou", "chance", "niou"]
     assert table.filter(pl.col("group") == "all")["iou"].is_between(0.01, 1).all()
     assert table["split"].n_unique() == 2
+
+
+def planted(rng, spread, n=8):
+    """Blocks of scores around one mean: nodes rank alike where ``spread`` is small."""
+    mean = rng.random((2, 5, 4)), rng.random((2, 5, 40))
+    noisy = [[m + spread * rng.standard_normal(m.shape) for m in mean] for _ in range(n)]
+    return Blocks(
+        tuple(NodeScores(*(x.astype(np.float32) for x in part), 3, groups=GROUPS) for part in noisy)
+    )
+
+
+def test_intervals_of_the_overlap_are_as_wide_as_the_blocks_disagree():
+    widths = []
+    for spread in (0.0, 0.05, 0.5):
+        rng = np.random.default_rng(0)
+        table = overlap_intervals(planted(rng, spread), planted(rng, spread), (0.3, 0.2))
+        row = table.row(by_predicate=pl.col("group") == "query", named=True)
+        assert row["niou_low"] <= row["niou"] <= row["niou_high"]
+        widths.append(row["niou_high"] - row["niou_low"])
+    assert widths[0] == 0 < widths[1] < widths[2]
+
+
+def test_jackknife_follows_its_definition():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal(8), rng.standard_normal(6)
+    value = float(x.mean() * y.mean())
+    left_x = [float(np.delete(x, i).mean() * y.mean()) for i in range(8)]
+    left_y = [float(x.mean() * np.delete(y, i).mean()) for i in range(6)]
+    variance = sum((len(v) - 1) / len(v) * sum((a - np.mean(v)) ** 2 for a in v) for v in (left_x, left_y))
+    found = jackknife(value, left_x, left_y)
+    assert found.high - value == pytest.approx(2.5706 * variance**0.5, rel=3e-3), "t of 5 degrees of freedom"
+    with pytest.raises(ShapeError, match="at least 2 blocks"):
+        jackknife(1.0, [1.0])
+
+
+def test_circuit_keeps_what_made_it(tmp_path):
+    """P26: weights, pairs, method, steps, dtype, version and size lie in the file, and come back."""
+    built = tiny("llava")
+    pairs = pairs_of(built, 2)
+    circuit = mt.attribute(built.model, pairs, steps=3).circuit(0.1)
+    circuit.save(tmp_path / "a.parquet")
+    facts = Circuit.load(tmp_path / "a.parquet").facts
+    assert facts == circuit.facts
+    assert facts["weights"] == weights_fingerprint(built.model)
+    assert facts["pairs"] == pairs_fingerprint(pairs) != pairs_fingerprint(pairs[:1])
+    assert (facts["method"], facts["steps"], facts["dtype"], facts["size"]) == ("ig", 3, "float32", 0.1)
+    assert facts["version"] == mt.__version__
+    assert circuit.group("query").facts == (circuit | circuit).facts == facts
+
+
+def test_circuits_of_other_weights_compare_only_when_told():
+    built, other = tiny("llava"), tiny("llava", 1)
+    pairs = pairs_of(built, 2)
+    a, b = (mt.attribute(x.model, pairs, "plain").circuit(0.1) for x in (built, other))
+    for compare in (mt.circuit_iou, mt.circuit_niou, compare_circuits):
+        with pytest.raises(ShapeError, match="expected circuits of the same weights"):
+            compare(a, b)
+    assert 0 <= mt.circuit_iou(a, b, across_models=True) < 1
+    assert compare_circuits(a, b, n_draws=2, across_models=True).height > 0
+    with pytest.raises(ShapeError, match="same weights"):
+        interchange(built.model, (pairs, pairs), (a, b), ["query"], n_random=1)
+
+
+def test_fingerprint_changes_with_one_weight_two_rows_and_the_dtype():
+    import torch
+
+    layer = torch.nn.Linear(8, 8)
+    seen = {weights_fingerprint(layer)}
+    with torch.no_grad():
+        layer.weight[3, 4] = torch.nextafter(layer.weight[3, 4], torch.tensor(9.0))
+        seen.add(weights_fingerprint(layer))
+        layer.weight[[0, 1]] = layer.weight[[1, 0]]
+        seen.add(weights_fingerprint(layer))
+        layer.weight[:, [0, 1]] = layer.weight[:, [1, 0]]
+        seen.add(weights_fingerprint(layer))
+    assert len(seen) == 4
+    assert weights_fingerprint(layer) == weights_fingerprint(layer)
+    assert weights_fingerprint(layer.bfloat16()) not in seen
+
+
+def test_chance_of_the_data_group_is_that_of_sets_without_positions():
+    """Every pair of random circuits enumerated by drawing: exact for the compared sizes, drawn before positions go."""
+    rng = np.random.default_rng(0)
+    shape = CircuitShape(2, 5, 3, 4)
+    a, b = (Circuit.random(shape, 8, 12, seed=s, groups=GROUPS) for s in (1, 2))
+    x, y = a.without_positions("data"), b.without_positions("data")
+    n = 2 * 3
+    ious = []
+    for _ in range(4000):
+        p, q = (set(rng.choice(n, c.size("heads"), replace=False)) for c in (x, y))
+        ious.append(len(p & q) / len(p | q) if p | q else 1.0)
+    row = compare_circuits(a, b, n_draws=300).row(
+        by_predicate=(pl.col("group") == "data") & (pl.col("kind") == "heads"), named=True
+    )
+    assert row["chance"] == pytest.approx(np.mean(ious), abs=4 * np.std(ious) / 4000**0.5)
+    drawn = []
+    for _ in range(4000):
+        sides = []
+        for c in (a, b):
+            mask = np.zeros((2, 2, 3), bool)
+            mask.reshape(-1)[rng.choice(12, c.group("data").size("heads"), replace=False)] = True
+            sides.append(mask.any(1))
+        drawn.append((sides[0] & sides[1]).sum() / max((sides[0] | sides[1]).sum(), 1))
+    assert row["drawn_mean"] == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / 300**0.5)
+
+
+@pytest.mark.slow
+def test_selection_among_a_hundred_million_scores():
+    rng = np.random.default_rng(0)
+    neurons = rng.random((10, 1000, 10_000), np.float32)
+    scores = scored(rng.random((10, 1000, 8), np.float32), neurons)
+    circuit = scores.circuit(0.07)
+    assert circuit.size("neurons") == 7_000_000
+    least, most = 2.0, 0.0
+    for layer in range(10):
+        mask = circuit.layer_mask("neurons", layer)
+        least, most = min(least, neurons[layer][mask].min()), max(most, neurons[layer][~mask].max())
+    assert least >= most

@@ -7,7 +7,7 @@ price of one attribution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def scores(self, chosen: Sequence[int] | None = None) -> NodeScores:
+    def scores(self, chosen: Iterable[int] | None = None) -> NodeScores:
         """Mean over the pairs of the chosen blocks, of all when None.
 
         Raises:

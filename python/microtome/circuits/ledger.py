@@ -1,7 +1,8 @@
 """Which steps of a study are done: each leaves its tables in the study's folder, and is not done again.
 
-``study.json`` says what the study is of: weights, options, pairs; tasks can be added, nothing else can change. A step's tables are ``steps/<step>.<table>.parquet``; they count from the
-moment ``steps/<step>.json`` names them, which is written last, by rename.
+``study.json`` says what the study is of: weights, options, pairs. Tasks can be added to it, nothing else can
+change. A step's tables are ``steps/<step>.<table>.parquet``; they count from the moment ``steps/<step>.json`` names
+them, which is written last, by rename.
 """
 
 from __future__ import annotations

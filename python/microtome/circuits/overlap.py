@@ -208,30 +208,36 @@ def random_ious(
     seed: int,
 ) -> npt.NDArray[np.float64]:
     """IoU of ``n_draws`` pairs of random circuits with the sizes of ``a`` and ``b`` in every group."""
+    drawn = _random_pairs(a, b, n_draws, seed)
+    return np.array([_mean(_overlaps(x, y, group, kind, position_free), "iou") for x, y in drawn])
+
+
+def _random_pairs(a: Circuit, b: Circuit, n_draws: int, seed: int) -> Iterator[tuple[Circuit, Circuit]]:
     rng = np.random.default_rng(seed)
-    out = np.empty(n_draws)
-    for i in range(n_draws):
-        x, y = (c.shuffled(int(rng.integers(2**63))) for c in (a, b))
-        out[i] = _mean(_overlaps(x, y, group, kind, position_free), "iou")
-    return out
+    for _ in range(n_draws):
+        yield a.shuffled(int(rng.integers(2**63))), b.shuffled(int(rng.integers(2**63)))
+
+
+def _parts(a: Circuit, b: Circuit) -> list[tuple[str | None, NodeKind | None]]:
+    """Groups that both circuits have, and everything; heads, neurons and their mean in each."""
+    groups = [None, *(g for g in a.groups if a.groups[g] and b.groups.get(g))]
+    return [(group, kind) for group in groups for kind in (*KINDS, None)]
 
 
 def overlap_rows(a: Circuit, b: Circuit) -> Iterator[dict[str, Any]]:
     """Overlap by position group (and ``all``) and kind: group, kind, size_a, size_b, iou, chance, niou."""
-    groups = [None, *(g for g in a.groups if a.groups[g] and b.groups.get(g))]
-    for group in groups:
-        for kind in (*KINDS, None):
-            overlaps = _overlaps(a, b, group, kind, None)
-            iou, chance = _mean(overlaps, "iou"), _mean(overlaps, "chance")
-            yield {
-                "group": group or "all",
-                "kind": kind or "mean",
-                "size_a": sum(o.size_a for o in overlaps[0]),
-                "size_b": sum(o.size_b for o in overlaps[0]),
-                "iou": iou,
-                "chance": chance,
-                "niou": normalised_iou(iou, chance),
-            }
+    for group, kind in _parts(a, b):
+        overlaps = _overlaps(a, b, group, kind, None)
+        iou, chance = _mean(overlaps, "iou"), _mean(overlaps, "chance")
+        yield {
+            "group": group or "all",
+            "kind": kind or "mean",
+            "size_a": sum(o.size_a for o in overlaps[0]),
+            "size_b": sum(o.size_b for o in overlaps[0]),
+            "iou": iou,
+            "chance": chance,
+            "niou": normalised_iou(iou, chance),
+        }
 
 
 def compare_circuits(
@@ -256,18 +262,24 @@ def compare_circuits(
         ShapeError: as :func:`circuit_iou`.
     """
     _require_one_model(a, b, across_models)
+    if n_draws < 1:
+        raise ShapeError(f"n_draws: expected 1 or more, found {n_draws}")
+    parts = _parts(a, b)
+    drawn = np.array(
+        [
+            [_mean(_overlaps(x, y, *part, None), "iou") for part in parts]
+            for x, y in _random_pairs(a, b, n_draws, seed)
+        ]
+    )
     rows = []
-    for row in overlap_rows(a, b):
-        group = None if row["group"] == "all" else row["group"]
-        kind = None if row["kind"] == "mean" else row["kind"]
-        drawn = random_ious(a, b, group, kind, None, n_draws, seed)
-        low, high = np.quantile(drawn, [0.025, 0.975])
+    for row, ious in zip(overlap_rows(a, b), drawn.T, strict=True):
+        low, high = np.quantile(ious, [0.025, 0.975])
         more = {
-            "drawn_mean": float(drawn.mean()),
+            "drawn_mean": float(ious.mean()),
             "drawn_low": float(low),
             "drawn_high": float(high),
-            "niou_drawn": normalised_iou(row["iou"], float(drawn.mean())),
-            "p": (1 + int((drawn >= row["iou"]).sum())) / (n_draws + 1),
+            "niou_drawn": normalised_iou(row["iou"], float(ious.mean())),
+            "p": (1 + int((ious >= row["iou"]).sum())) / (n_draws + 1),
         }
         rows.append(row | more)
     return pl.DataFrame(rows)

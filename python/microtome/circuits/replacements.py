@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microtome.circuits.forward import Kind, merge, node_values, partnered
+from microtome.circuits.forward import KINDS, Kind, merge, node_values, partnered
 from microtome.circuits.pairs import PairBatch, PairSet
 from microtome.errors import ShapeError
 
@@ -33,13 +33,12 @@ class Replacements:
             self._donors = _donors(reference, pairs, seed)
 
     def of(self, batch: PairBatch, counterfactual: Callable[[], Values]) -> Values:
-        """Values ``(b, p, ...)`` for a batch; ``counterfactual`` gives those of its counterfactual prompts."""
+        """Values that broadcast to ``(b, p, ...)``; ``counterfactual`` gives those of the batch's counterfactual prompts."""
         if self._ablation == "counterfactual":
             return {site: partnered(x, batch.partner) for site, x in counterfactual().items()}
         if self._ablation == "zero":
-            return {
-                site: torch.zeros_like(partnered(x, batch.partner)) for site, x in counterfactual().items()
-            }
+            zero = torch.zeros((), dtype=self._adapter.model.dtype, device=batch.answers.device)
+            return {(kind, layer): zero for kind in KINDS for layer in range(self._adapter.n_layers)}
         if self._ablation == "resample":
             return self._resampled(batch)
         if self._ablation == "mean_positional":

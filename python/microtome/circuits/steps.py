@@ -133,7 +133,8 @@ def overlap(sides: Mapping[str, Side], how: Options) -> Tables:
 def swaps(model: Any, sides: Mapping[str, Side], how: Options, progress: bool) -> Tables:
     """Interchange of every group that both forms have."""
     visual, textual = (sides[form] for form in FORMS)
-    shared = [g for g in ("data", "query", "generation") if visual.circuit.groups.get(g) and textual.circuit.groups.get(g)]  # fmt: skip
+    groups = visual.circuit.groups, textual.circuit.groups
+    shared = [g for g in ("data", "query", "generation") if groups[0].get(g) and groups[1].get(g)]
     found = interchange(
         model, (visual.evaluation, textual.evaluation), (visual.circuit, textual.circuit), shared,
         n_random=how.n_random, seed=how.seed, batch_size=how.batch_size, progress=progress,

@@ -27,6 +27,7 @@ _GROUPS = ("data", "query", "generation")
 _GROUP_COLOURS = {"data": PALETTE["image"], "query": PALETTE["text"], "generation": PALETTE["accent"]}
 _TASK_COLOURS = ("#2a6f97", "#b03060", "#e08e2b", "#4f772d", "#7a5195", "#1c2430", "#00a3a3", "#a0785a")
 _GREY, _LIGHT = "#5d6b7a", "#dfe4ea"
+_FORM_LABELS = {"visual": "picture", "textual": "text (control)"}
 _FORM_COLOURS = {"visual": PALETTE["image"], "textual": PALETTE["text"]}
 
 
@@ -75,8 +76,6 @@ def _colour(number: int) -> str:
 
 def faithfulness_curves(table: pl.DataFrame) -> Figure:
     """Faithfulness over circuit size: solid for text, dotted for pictures, a line at 80 %, 95 % bands."""
-    from matplotlib.lines import Line2D
-
     figure, axes = canvas(7.4, 3.8)
     tasks = _tasks(table)
     for i, task in enumerate(tasks):
@@ -88,18 +87,12 @@ def faithfulness_curves(table: pl.DataFrame) -> Figure:
     axes.axhline(0.8, color=_GREY, lw=0.8)
     axes.text(axes.get_xlim()[0], 0.81, " 80 %", color=_GREY, fontsize=8, va="bottom")
     axes.set(xscale="log", xlabel="circuit size (share of heads and of neurons)", ylabel="faithfulness")
-    axes.set(
-        ylim=(
-            min(-0.1, float(table["faithfulness"].min() or 0) - 0.05),
-            max(1.15, float(table["faithfulness"].max() or 1) + 0.05),
-        )
-    )
+    values = np.nan_to_num(table["faithfulness"].to_numpy())
+    axes.set(ylim=(min(-0.1, values.min() - 0.05), max(1.15, values.max() + 0.05)))
     ticks = [0.001, 0.01, 0.1, 1.0]
     axes.set_xticks(ticks, ["0.1 %", "1 %", "10 %", "100 %"])
-    keys = [Line2D([], [], color=_colour(i), label=task) for i, task in enumerate(tasks)]
-    keys += [
-        Line2D([], [], color=_GREY, ls=style, label=form) for form, style in (("text", "-"), ("picture", ":"))
-    ]
+    keys = [_mark(task, _colour(i), lw=1.7) for i, task in enumerate(tasks)]
+    keys += [_mark(form, ls=style, lw=1.5) for form, style in (("text", "-"), ("picture", ":"))]
     axes.legend(handles=keys, frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     return figure
 
@@ -114,27 +107,33 @@ def _bars(axes: Axes, table: pl.DataFrame, value: str, tasks: Sequence[str], low
                 axes.text(place, 0.02, "n.d.", rotation=90, ha="center", va="bottom", fontsize=7, color=_GREY)
                 continue
             axes.bar(place, row[value], 0.25, color=_GROUP_COLOURS[group])
-            edges = row.get(low), row.get(high)
-            if all(e is not None and np.isfinite(e) for e in edges):
-                axes.plot([place, place], edges, color="#1c2430", lw=1, clip_on=True)
+            edges = np.array([row.get(low), row.get(high)], np.float64)
+            if np.isfinite(edges).all():
+                axes.plot([place, place], edges, color="#1c2430", lw=1)
     axes.axhline(0, color=_GREY, lw=0.8)
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_xlim(-0.6, len(tasks) - 0.4)
 
 
-def _group_legend(axes: Axes, extra: Sequence[Any] = ()) -> None:
+def _legend(figure: Figure, keys: Sequence[Any]) -> None:
+    figure.legend(handles=keys, frameon=False, ncols=len(keys), fontsize=8, loc="outside upper center")
+
+
+def _group_keys() -> list[Any]:
     from matplotlib.patches import Patch
 
-    keys = [Patch(color=_GROUP_COLOURS[group], label=group) for group in _GROUPS]
-    axes.legend(
-        handles=[*keys, *extra], frameon=False, ncols=3 + len(extra), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0)
-    )  # fmt: skip
+    return [Patch(color=_GROUP_COLOURS[group], label=group) for group in _GROUPS]
+
+
+def _mark(label: str, colour: str = _GREY, **look: Any) -> Any:
+    """A line or marker that stands for something in a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, label=label, **({"lw": 0} | look))
 
 
 def overlap_bars(table: pl.DataFrame, noise: pl.DataFrame | None = None) -> Figure:
     """IoU with its chance level, and nIoU with jackknife intervals; the noise floor is what halves of one form share."""
-    from matplotlib.lines import Line2D
-
     tasks = _tasks(table)
     figure, panels = canvas(max(8.0, 2.4 * len(tasks)), 3.4, columns=2)
     for axes, value in zip(panels, ("iou", "niou"), strict=True):
@@ -149,9 +148,11 @@ def overlap_bars(table: pl.DataFrame, noise: pl.DataFrame | None = None) -> Figu
                 known = halves[value].drop_nans()
                 if len(known):
                     axes.plot(place, known.mean(), marker="D", ms=4.5, mfc="white", mec="#1c2430", lw=0)
-    keys = [Line2D([], [], marker="D", mfc="white", mec="#1c2430", lw=0, label="halves of one form")]
-    _group_legend(panels[0], [Line2D([], [], color="#1c2430", lw=1.8, label="chance")])
-    _group_legend(panels[1], keys)
+    marks = [
+        _mark("chance", "#1c2430", lw=1.8),
+        _mark("halves of one form", "#1c2430", marker="D", mfc="white"),
+    ]
+    _legend(figure, _group_keys() + marks)
     return figure
 
 
@@ -164,7 +165,7 @@ def interchange_bars(table: pl.DataFrame) -> Figure:
     axes.set(ylim=(-0.6, 1.3))
     axes.set_yticks([0, 0.5, 1], ["0\nrandom", "0.5", "1\nown"])
     axes.set_ylabel("normalised faithfulness")
-    _group_legend(axes)
+    _legend(figure, _group_keys())
     return figure
 
 
@@ -172,25 +173,19 @@ def interchange_raw(table: pl.DataFrame) -> Figure:
     """Faithfulness of each form with its own, the other form's and random sub-circuits, group by group."""
     tasks = _tasks(table)
     figure, panels = canvas(max(8.0, 2.4 * len(tasks)), 3.2, columns=2, sharey=True)
-    looks = {"own": ("o", 1.0), "other form": ("s", 0.7), "random": ("x", 0.4)}
+    looks = {"own": "o", "other form": "s", "random": "x"}
     for axes, form in zip(panels, ("visual", "textual"), strict=True):
         for row in table.filter(pl.col("form") == form).iter_rows(named=True):
             centre = tasks.index(row["task"]) + (_GROUPS.index(row["group"]) - 1) * 0.28
             place = centre + (list(looks).index(row["circuit"]) - 1) * 0.07
             colour = _GROUP_COLOURS[row["group"]]
             axes.plot([place, place], [row["low"], row["high"]], color=colour, lw=1)
-            axes.plot(place, row["faithfulness"], looks[row["circuit"]][0], color=colour, ms=4.5)
+            axes.plot(place, row["faithfulness"], looks[row["circuit"]], color=colour, ms=4.5)
         axes.axhline(0, color=_GREY, lw=0.8)
         axes.set_xticks(range(len(tasks)), tasks, rotation=20)
-        axes.set_title({"visual": "pictures", "textual": "words"}[form], y=1.08)
+        axes.set_title({"visual": "pictures", "textual": "words"}[form])
     panels[0].set_ylabel("faithfulness")
-    from matplotlib.lines import Line2D
-
-    keys = [Line2D([], [], marker=m, color=_GREY, lw=0, label=name) for name, (m, _) in looks.items()]
-    _group_legend(panels[0])
-    panels[1].legend(
-        handles=keys, frameon=False, ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0)
-    )
+    _legend(figure, _group_keys() + [_mark(name, marker=look) for name, look in looks.items()])
     return figure
 
 
@@ -224,7 +219,7 @@ def effect_maps(table: pl.DataFrame, title: str) -> Figure:
 
     forms = _forms(table)
     figure, axes = canvas(width=4.8 * len(forms) + 0.6, columns=len(forms), squeeze=False)
-    norm = PowerNorm(0.4, 0, max(float(table["effect"].max() or 0), 1e-12))  # type: ignore[arg-type]
+    norm = PowerNorm(0.4, 0, max(table["effect"].to_numpy().max(initial=0.0), 1e-12))
     for panel, form in zip(axes[0], forms, strict=True):
         part = table.filter(pl.col("form") == form)
         values = part.pivot("position", index="layer", values="effect").sort("layer").drop("layer").to_numpy()
@@ -260,8 +255,8 @@ def back_patch_maps(table: pl.DataFrame, title: str, chosen: pl.DataFrame | None
     figure, axes = canvas(width=4.2 * len(forms), height=3.6, columns=len(forms), squeeze=False)
     change = table.with_columns((pl.col("p_correct") - pl.col("p_baseline")).alias("change"))
     best = change.group_by("form", "src", "dst").agg(pl.col("change").max())
-    limit = max(float(best["change"].abs().max() or 0), 1e-9)  # type: ignore[arg-type]
-    n = int(table["src"].max() or 0) + 1  # type: ignore[call-overload]
+    limit = float(best["change"].abs().to_numpy().max(initial=1e-9))
+    n = int(table["src"].to_numpy().max()) + 1
     for panel, form in zip(axes[0], forms, strict=True):
         part = best.filter(pl.col("form") == form)
         values = np.full((n, n), np.nan)
@@ -271,36 +266,39 @@ def back_patch_maps(table: pl.DataFrame, title: str, chosen: pl.DataFrame | None
         panel.set(title=f"{title}, {form}", xlabel="from layer", ylabel="to layer")
         for row in () if chosen is None else chosen.filter(pl.col("form") == form).iter_rows(named=True):
             panel.plot(row["src"], row["dst"], "o", mfc="none", mec="#1c2430", ms=13, mew=1.4)
-            panel.annotate(
-                f"w = {row['window']}", (row["src"], row["dst"]), ha="center", va="center", fontsize=6
-            )
+            text = f"window {row['window']}"
+            panel.annotate(text, (row["src"], row["dst"] + 0.55), ha="center", va="bottom", fontsize=7)
     figure.colorbar(image, ax=axes[0].tolist(), label="change in P(right answer)", shrink=0.9)
     return figure
+
+
+def _points(
+    axes: Axes, tasks: list[str], shift: float, table: pl.DataFrame, stem: str, value: str, **look: Any
+) -> None:
+    """``value`` with the interval ``stem``_low to ``stem``_high, one per task."""
+    places = [tasks.index(task) + shift for task in table["task"]]
+    bar = {"color": look["color"], "lw": look.pop("bar", 1.4), "alpha": look.pop("alpha", 1.0)}
+    axes.vlines(places, table[f"{stem}_low"], table[f"{stem}_high"], **bar)
+    axes.plot(places, table[value], lw=0, **look)
+
+
+def _by_task(panels: Any, tasks: list[str], labels: Sequence[str]) -> None:
+    for axes, label in zip(panels, labels, strict=True):
+        axes.axhline(0, color=_GREY, lw=0.8)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=20)
+        axes.set_ylabel(label)
 
 
 def repair_gains(table: pl.DataFrame) -> Figure:
     """Gain of back-patching on the prompts that did not choose the setting, pictures beside the text control."""
     tasks = _tasks(table)
     figure, panels = canvas(max(8.0, 2.2 * len(tasks)), 3.2, columns=2)
-    for axes, value, label in zip(
-        panels, ("gain", "p_gain"), ("gain in accuracy", "gain in P(right answer)"), strict=True
-    ):
+    for axes, value in zip(panels, ("gain", "p_gain"), strict=True):
         for i, (form, colour) in enumerate(_FORM_COLOURS.items()):
             part = table.filter(pl.col("form") == form)
-            places = [tasks.index(task) + (i - 0.5) * 0.2 for task in part["task"]]
-            axes.vlines(places, part[f"{value}_low"], part[f"{value}_high"], color=colour, lw=1.4)
-            axes.plot(
-                places,
-                part[value],
-                "o",
-                color=colour,
-                ms=5,
-                label={"visual": "picture", "textual": "text (control)"}[form],
-            )
-        axes.axhline(0, color=_GREY, lw=0.8)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=20)
-        axes.set_ylabel(label)
-    panels[0].legend(frameon=False, ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+            _points(axes, tasks, (i - 0.5) * 0.2, part, value, value, color=colour, marker="o", ms=5)
+    _by_task(panels, tasks, ("gain in accuracy", "gain in P(right answer)"))
+    _legend(figure, [_mark(label, _FORM_COLOURS[form], marker="o") for form, label in _FORM_LABELS.items()])
     return figure
 
 
@@ -308,42 +306,20 @@ def ablation_changes(table: pl.DataFrame) -> Figure:
     """Change in accuracy and P(correct) with attributed heads at their mean, beside random heads (bars: their 95 % range)."""
     tasks = _tasks(table)
     figure, panels = canvas(max(8.0, 2.2 * len(tasks)), 3.2, columns=2)
-    for axes, value, label in zip(
-        panels, ("accuracy", "p_correct"), ("change in accuracy", "change in P(correct)"), strict=True
-    ):
+    grey = {"color": _GREY, "marker": "_", "ms": 8, "bar": 4, "alpha": 0.35}
+    for axes, value in zip(panels, ("accuracy", "p_correct"), strict=True):
         for i, (form, colour) in enumerate(_FORM_COLOURS.items()):
-            part = table.filter(pl.col("form") == form)
-            places = np.array([tasks.index(task) + (i - 0.5) * 0.34 for task in part["task"]])
-            axes.vlines(places - 0.06, part[f"{value}_low"], part[f"{value}_high"], color=colour, lw=1.4)
-            axes.plot(
-                places - 0.06,
-                part[f"{value}_change"],
-                "o",
-                color=colour,
-                ms=5,
-                label=f"attributed heads, {form}",
+            part, centre = table.filter(pl.col("form") == form), (i - 0.5) * 0.34
+            _points(
+                axes, tasks, centre - 0.06, part, value, f"{value}_change", color=colour, marker="o", ms=5
             )
             if f"control_{value}_low" in part.columns:
-                axes.vlines(
-                    places + 0.06,
-                    part[f"control_{value}_low"],
-                    part[f"control_{value}_high"],
-                    color=_GREY,
-                    lw=4,
-                    alpha=0.35,
+                _points(
+                    axes, tasks, centre + 0.06, part, f"control_{value}", f"control_{value}_change", **grey
                 )
-                axes.plot(
-                    places + 0.06,
-                    part[f"control_{value}_change"],
-                    "_",
-                    color=_GREY,
-                    ms=8,
-                    label="random heads" if i else None,
-                )
-        axes.axhline(0, color=_GREY, lw=0.8)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=20)
-        axes.set_ylabel(label)
-    panels[0].legend(frameon=False, ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0))
+    _by_task(panels, tasks, ("change in accuracy", "change in P(correct)"))
+    keys = [_mark(f"attributed heads, {form}", colour, marker="o") for form, colour in _FORM_COLOURS.items()]
+    _legend(figure, [*keys, _mark("random heads", marker="_", ms=8)])
     return figure
 
 
