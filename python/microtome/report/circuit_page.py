@@ -63,6 +63,12 @@ _CLUMSY = {"effects", "attention", "backpatch", "controls", "curves", "alignment
 """Tables too long for a page; their figures stand for them."""
 
 
+_ABLATION = pl.col(
+    "task", "form", "heads", "n", "accuracy_before", "accuracy", "accuracy_change", "accuracy_low", "accuracy_high",
+    "p_mcnemar", "^control_accuracy_.*$", "^accuracy_excess.*$",
+)  # fmt: skip
+
+
 def circuit_page(tables: Tables, facts: Mapping[str, str] | None = None) -> Page:
     """The report of a study from its tables.
 
@@ -89,12 +95,19 @@ def circuit_page(tables: Tables, facts: Mapping[str, str] | None = None) -> Page
 def _readable(name: str, table: pl.DataFrame) -> pl.DataFrame:
     """Intervals in one cell, parts that only a reader of the parquet file wants left out."""
     if name == "overlap":
-        table = table.filter(pl.col("kind") == "mean").drop("kind", "drawn_low", "drawn_high")
+        table = table.filter(pl.col("kind") == "mean").drop("kind", "drawn_low", "drawn_high", "niou_drawn")
+    if name == "interchange":
+        table = table.select("task", "group", "normalised", "low", "high")
+    if name == "ablation":
+        table = table.select(_ABLATION)
     if name == "iterated":
         table = table.pivot("iteration", index=["task", "form"], values="accuracy")
     for low in [c for c in table.columns if c.endswith("_low") or c == "low"]:
         stem, high = low.removesuffix("low").removesuffix("_"), low.removesuffix("low") + "high"
-        text = pl.format("{} to {}", *(pl.col(c).round(3) for c in (low, high)))
+        edges = [pl.col(c).round(2).fill_nan(None).cast(pl.String) for c in (low, high)]
+        text = pl.concat_str(
+            *edges, separator="\u00a0to\u00a0"
+        )  # null where an edge is: not wrapped, not "NaN"
         table = table.with_columns(text.alias(low)).drop(high).rename({low: f"{stem or ''} 95 %".strip()})
     return table
 
