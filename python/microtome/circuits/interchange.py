@@ -37,6 +37,9 @@ __all__ = [
 
 Matrix = npt.NDArray[np.float64]
 
+LEAST_CONTRAST = 0.02
+"""Own and random sub-circuits whose faithfulness differs by less leave nothing to normalise by."""
+
 
 def swapped_circuit(circuit: Circuit, other: Circuit, groups: Sequence[str]) -> Circuit:
     """``circuit`` with the nodes of ``groups`` replaced by those of ``other``, at the corresponding positions.
@@ -78,7 +81,10 @@ class Interchange:
 
     @property
     def normalised(self) -> float:
-        """0 as good as random, 1 as good as the form's own; averaged over both directions, not clamped."""
+        """0 as good as random, 1 as good as the form's own; averaged over both directions, not clamped.
+
+        NaN where own and random differ by less than ``LEAST_CONTRAST``.
+        """
         return _normalised(self.original, self.swapped, self.random)
 
     def interval(self, n_resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
@@ -103,7 +109,7 @@ def _normalised(original: Any, swapped: Any, random: Any) -> float:
     own, other, drawn = (
         float(np.mean([np.nanmean(x) for x in sides])) for sides in (original, swapped, random)
     )
-    return (other - drawn) / (own - drawn) if abs(own - drawn) > 1e-9 else float("nan")
+    return (other - drawn) / (own - drawn) if abs(own - drawn) >= LEAST_CONTRAST else float("nan")
 
 
 def interchange(
