@@ -37,7 +37,7 @@ __all__ = [
 
 Matrix = npt.NDArray[np.float64]
 
-LEAST_CONTRAST = 0.02
+LEAST_CONTRAST = 1e-3
 """Own and random sub-circuits whose faithfulness differs by less leave nothing to normalise by."""
 
 

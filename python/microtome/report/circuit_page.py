@@ -39,7 +39,7 @@ _SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Interchange",
         ("A group's sub-circuit replaced by that of the other form, between random sub-circuits (0) and the form's own (1). "
-        "n.d.: a random sub-circuit does as well as the own one, so there is nothing to normalise by."),
+        "n.d.: a random sub-circuit does as well as the own one (or the interval is wider than 2): nothing to normalise by."),
         ("interchange", "controls"),
     ),
     ("Where the effect is", "Sum of node scores over layer and position.", ("effects",)),

@@ -157,8 +157,15 @@ def overlap_bars(table: pl.DataFrame, noise: pl.DataFrame | None = None) -> Figu
 
 
 def interchange_bars(table: pl.DataFrame) -> Figure:
-    """Normalised faithfulness with the other form's sub-circuit: 0 as a random one, 1 as the form's own."""
+    """Normalised faithfulness with the other form's sub-circuit: 0 as a random one, 1 as the form's own.
+
+    An interval wider than 2 says that random sub-circuits do as well as the own one: not drawn.
+    """
     tasks = _tasks(table)
+    unclear = (pl.col("high") - pl.col("low")) > 2
+    table = table.with_columns(
+        pl.when(unclear).then(None).otherwise(pl.col("normalised")).alias("normalised")
+    )
     figure, axes = canvas(max(5.5, 1.5 * len(tasks)), 3.4)
     _bars(axes, table, "normalised", tasks, "low", "high")
     axes.axhline(1, color=_GREY, lw=0.8, ls=":")
