@@ -241,6 +241,18 @@ def test_logit_difference_reads_the_last_position_of_prompts_without_padding():
         prepare(built.model, None, [{"clean": one, "corrupted": one, "answer": 20, "corrupted_answer": 21}])
 
 
+def test_data_positions_are_the_image_tokens_that_the_model_names():
+    """Trap 19: families show the same picture in different numbers of tokens; none is assumed."""
+    counts = {}
+    for family in tiny_models.VLMS:
+        pair = pairs_of(tiny(family), 1).pairs[0]
+        shown = [i for i, kind in enumerate(pair.kinds) if kind != "text"]
+        data = pair.spans["data"].tolist()
+        assert data == list(range(shown[0], shown[-1] + 1)), "row breaks inside a picture belong to it"
+        counts[family] = len(shown)
+    assert len(set(counts.values())) > 1, counts
+
+
 def test_circuit_of_another_model_is_refused():
     built = tiny("llava")
     with pytest.raises(ShapeError, match="circuit 0: expected shape"):
