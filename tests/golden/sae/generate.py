@@ -42,9 +42,7 @@ def place(form: str, name: str) -> Path:
 
 def expect(form: str, name: str, codes: torch.Tensor, x_hat: torch.Tensor) -> None:
     arrays = {"x": rows(), "codes": codes, "x_hat": x_hat}
-    np.savez(
-        HERE / form / f"{name}.expected.npz", **{k: v.detach().float().numpy() for k, v in arrays.items()}
-    )
+    np.savez(HERE / form / f"{name}.expected.npz", **{k: v.detach().float().numpy() for k, v in arrays.items()})
 
 
 def randomise(module: torch.nn.Module) -> None:
@@ -120,17 +118,9 @@ def dictionary_learning() -> None:
         if "Batch" in name:
             ae.threshold.fill_(0.8)
         torch.save(ae.state_dict(), folder / "ae.pt")
-        trainer = {
-            "dict_class": name,
-            "activation_dim": D_IN,
-            "dict_size": D_SAE,
-            "layer": 3,
-            "lm_name": "tiny",
-        }
+        trainer = {"dict_class": name, "activation_dim": D_IN, "dict_size": D_SAE, "layer": 3, "lm_name": "tiny"}
         k = {"k": K} if "TopK" in name else {}
-        (folder / "config.json").write_text(
-            json.dumps({"trainer": trainer | k, "buffer": {"ctx_len": 128}}, indent=2)
-        )
+        (folder / "config.json").write_text(json.dumps({"trainer": trainer | k, "buffer": {"ctx_len": 128}}, indent=2))
         with torch.no_grad():
             expect("dictionary_learning", name, ae.encode(rows()), ae(rows()))
 
