@@ -14,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 
 from microtome.errors import ShapeError
-from microtome.metrics import FeatureStats, decoder_cosine, odds_ratio, variance_gap
+from microtome.metrics import FeatureStats, SampleFires, decoder_cosine, odds_ratio, variance_gap
 
 __all__ = ["cosine_table", "firing_shift", "signals"]
 
@@ -55,22 +55,28 @@ def signals(
     )
 
 
-def firing_shift(layer: int, spatial: FeatureStats, base: FeatureStats) -> pl.DataFrame:
+def firing_shift(
+    layer: int, spatial: FeatureStats | SampleFires, base: FeatureStats | SampleFires
+) -> pl.DataFrame:
     """How firing changes from general to spatial questions: one row per feature.
 
     ``frequency_gap = p(spatial) - p(base)``; the odds ratio has 0.5 added to all four cells (Haldane-Anscombe).
 
     Args:
         layer: number of the layer.
-        spatial: statistics on the spatial questions, per token or per sample.
+        spatial: counts on the spatial questions: :class:`FeatureStats` per token, :class:`SampleFires` per sample.
         base: statistics on the general questions, counted the same way. Where the spatial questions are part of the
             general ones the two are nested; pass the complement for disjoint sets.
 
     Returns:
         Columns layer, feature, frequency_spatial, frequency_base, frequency_gap, odds_ratio, log_standard_error,
-        q_value (Benjamini-Hochberg).
+        p_value, q_value (Benjamini-Hochberg over the features of this table).
+
+    Raises:
+        DtypeError: one side counts tokens, the other samples.
+        ShapeError: the sides differ in ``d_sae``.
     """
-    odds = odds_ratio(spatial, base)
+    odds = odds_ratio(spatial, base, counts="tokens" if isinstance(spatial, FeatureStats) else "samples")
     p_spatial, p_base = spatial.firing_frequency(), base.firing_frequency()
     return pl.DataFrame(
         {
@@ -81,6 +87,7 @@ def firing_shift(layer: int, spatial: FeatureStats, base: FeatureStats) -> pl.Da
             "frequency_gap": p_spatial - p_base,
             "odds_ratio": odds.odds_ratio,
             "log_standard_error": odds.log_standard_error,
+            "p_value": odds.p_value,
             "q_value": odds.q_value(),
         }
     )

@@ -4,93 +4,65 @@
 2. Each adapted to the VLM's rows under four regimes: all tokens, image tokens, text tokens, and from random weights.
 3. Signals per feature from the text-only dictionaries: variance gap, decoder cosine, firing frequencies.
 4. The two-stage filter; the shift to spatial questions; the neutral prompt.
-5. Top samples and an offline label for every adapted feature.
+5. The spatial features against matched random ones, on images that they were not chosen by.
+6. Top samples and an offline label for every adapted feature.
 
-Each part is a table on disk before the next begins, and dictionaries that are there are not trained again: an interrupted
-study continues.
+Dictionaries that are there are not trained again: an interrupted study continues. Memory does not grow with the rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from microtome.dictionary import SAE, TrainConfig, train_layers
-from microtome.diffing.selection import (
-    neutral_survivors,
-    select_adapted,
-    select_spatial,
-    sensitivity,
-    summary,
-)
-from microtome.diffing.signals import firing_shift, signals
-from microtome.errors import ShapeError
-from microtome.metrics import FeatureStats, analyse, decoder_cosine
-from microtome.store import Activations, ActivationStore
+from microtome.dictionary import SAE
+from microtome.diffing.checks import check_neutral, common_hooks, fitting_stores
+from microtome.diffing.config import REGIMES, DiffConfig
+from microtome.diffing.controls import against_controls
+from microtome.diffing.counting import check_expression
+from microtome.diffing.passes import held_out, layer_signals, neutral_activity, seen_rows
+from microtome.diffing.selection import neutral_survivors, select_adapted, select_spatial, sensitivity, summary
+from microtome.diffing.stages import Stages, check_dictionaries, cosine_quantiles, reconstruction, train_stages
+from microtome.metrics import OddsRatio
+from microtome.store import ActivationStore
 
 __all__ = ["REGIMES", "DiffConfig", "DiffResult", "run"]
-
-REGIMES: dict[str, pl.Expr | None] = {
-    "text": pl.col("kind") == "text",
-    "image": pl.col("kind") == "image",
-    "full": None,
-    "random": None,
-}
-"""Which tokens enter the loss; ``random`` sees all of them but starts from random weights."""
 
 _KEY = ["layer", "feature"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiffConfig:
-    """What a study is told; the defaults are the paper's where it gives a number."""
-
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(k=50))
-    """How base dictionaries are trained; adaptation uses the same with a regime of its own."""
-    adapt_steps: int | None = None
-    """Steps of the adaptation; as many as the base dictionaries' when None."""
-    regimes: tuple[str, ...] = ("text", "image", "full", "random")
-    """Regimes to train; the first is the one that signals are taken from."""
-    spatial: pl.Expr | None = None
-    """Which VLM rows are spatial questions, over row and sample columns; None leaves that part out."""
-    base_is_complement: bool = True
-    """Compare spatial with the other questions; False: with all of them (nested, as in the paper)."""
-    vision: pl.Expr | None = None
-    """Which VLM rows stand for vision in the variance gap; all by default."""
-    p_gap: float = 0.2
-    p_cos: float = 0.2
-    spatial_top: float = 0.2
-    top_samples: int = 20
-
-    def __post_init__(self) -> None:
-        if unknown := sorted(set(self.regimes) - set(REGIMES)):
-            raise ShapeError(f"regimes: expected some of {', '.join(REGIMES)}, found {unknown[0]!r}")
-        if not self.regimes:
-            raise ShapeError("regimes: expected at least one, found none")
-
-
 @dataclass(frozen=True)
 class DiffResult:
-    """The tables of a study; each is a parquet file of the same name under ``tables/``."""
+    """What a study found. Each table is a parquet file of the same name under ``tables/``."""
 
     features: pl.DataFrame
     """One row per layer and feature: signals, selections, label."""
     curves: pl.DataFrame
     """FVU, L0 and dead share against tokens seen, per layer and regime."""
+    reconstruction: pl.DataFrame
+    """FVU of every final dictionary on held-out VLM rows, by kind of token."""
     cosines: pl.DataFrame
     """Quantiles of the decoder cosine per layer and regime."""
     layers: pl.DataFrame
     """Counts and mean cosines per layer."""
     sensitivity: pl.DataFrame
-    """The adapted set under other thresholds."""
+    """The adapted (and spatial) set under other thresholds."""
+    controls: pl.DataFrame
+    """Spatial features and survivors against matched random features; empty without spatial questions."""
     top_samples: pl.DataFrame
-    """Top samples of the adapted features."""
+    """Top samples of the adapted features by data set."""
+    saes: Mapping[str, SAE]
+    """The adapted dictionaries that signals were taken from, by hook."""
+
+    def tables(self) -> dict[str, pl.DataFrame]:
+        """The tables by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, pl.DataFrame)}
 
 
 def run(
@@ -117,159 +89,156 @@ def run(
         progress: whether to draw bars.
 
     Raises:
-        ShapeError: the stores differ in hooks or widths; the message names both sides.
+        ShapeError: stores of other models, hooks or widths, dictionaries of other widths, expressions over columns that
+            are not there, questions of one kind alone; before any work, with both sides named.
     """
     config = config or DiffConfig()
-    hooks = _common_hooks(base, vlm)
+    hooks = common_hooks(base, vlm)
+    _check(base, vlm, hooks, config, dictionaries, neutral)
     folder = Path(out)
-    saes, curves = _dictionaries(base, vlm, hooks, folder / "dictionaries", config, dictionaries, progress)
-    tables = [_layer(base, vlm, hook, i, saes, config, progress) for i, hook in enumerate(hooks)]
-    features = select_adapted(pl.concat([t for t, _ in tables]), p_gap=config.p_gap, p_cos=config.p_cos)
-    if config.spatial is not None:
-        features = select_spatial(features, top=config.spatial_top)
-        if neutral is not None:
-            features = neutral_survivors(
-                features, _neutral(neutral, hooks, saes[config.regimes[0]], progress)
-            )
-    top = _top_of(features, pl.concat([t for _, t in tables]), vlm)
+    held = held_out(vlm, config) if config.spatial is not None else None
+    stages, curves = train_stages(base, vlm, hooks, folder / "dictionaries", config, dictionaries, progress)
+    saes = stages[config.regimes[0]]
+    features = _features(base, vlm, hooks, stages, folder, config, held, progress)
+    if config.spatial is not None and neutral is not None:
+        activity = [neutral_activity(neutral, h, i, saes[h], progress) for i, h in enumerate(hooks)]
+        features = neutral_survivors(
+            features,
+            pl.concat(activity),
+            min_frequency=config.min_neutral_frequency,
+            min_image_mass=config.min_image_mass,
+        )
+    features, controls = _controls(features, vlm, hooks, saes, config, held)
+    top = _top_of(features, folder / "top", vlm, config)
     if texts is not None:
         features = _labelled(features, top, texts)
     result = DiffResult(
         features=features,
         curves=curves,
-        cosines=_cosine_quantiles(saes, hooks),
+        reconstruction=reconstruction(vlm, stages, config, progress),
+        cosines=cosine_quantiles(stages, hooks),
         layers=summary(features),
         sensitivity=sensitivity(features),
+        controls=controls,
         top_samples=top,
+        saes=saes,
     )
     _write(result, folder / "tables")
     return result
 
 
-def _common_hooks(base: ActivationStore, vlm: ActivationStore) -> list[str]:
-    hooks = [hook for hook in vlm.hooks if hook in base.hooks]
-    if not hooks:
-        raise ShapeError(f"base, vlm: expected hooks in common, found {base.hooks} and {vlm.hooks}")
-    for hook in hooks:
-        if base[hook].width != vlm[hook].width:
-            raise ShapeError(
-                f"base, vlm: expected one width at {hook}, found {base[hook].width} and {vlm[hook].width}"
-            )
-    return hooks
-
-
-def _dictionaries(
+def _check(
     base: ActivationStore,
     vlm: ActivationStore,
     hooks: list[str],
-    folder: Path,
     config: DiffConfig,
-    given: Mapping[str, SAE] | None,
-    progress: bool,
-) -> tuple[dict[str, dict[str, SAE]], pl.DataFrame]:
-    """Dictionaries by stage ("base" and each regime) and hook, and their curves."""
-    curves = []
-    if given is None:
-        trained = train_layers(
-            base, config.train.replace(regime="base"), hooks=hooks, out=folder / "base", progress=progress
-        )
-        given, curves = trained.saes, [trained.curves]
-    if missing := [hook for hook in hooks if hook not in given]:
-        raise ShapeError(f"dictionaries: expected one for {missing[0]}, found {', '.join(given)}")
-    stages = {"base": {hook: given[hook] for hook in hooks}}
-    for regime in config.regimes:
-        told = config.train.replace(
-            regime=regime, loss_where=REGIMES[regime], steps=config.adapt_steps or config.train.steps
-        )
-        if (
-            regime == "random"
-        ):  # other first weights than the base dictionary's, or their cosine would say nothing
-            told = told.replace(seed=told.seed + 1)
-        start = None if regime == "random" else stages["base"]
-        adapted = train_layers(vlm, told, hooks=hooks, base=start, out=folder / regime, progress=progress)
-        stages[regime] = adapted.saes
-        curves.append(adapted.curves)
-    return stages, pl.concat(curves)
+    dictionaries: Mapping[str, SAE] | None,
+    neutral: ActivationStore | None,
+) -> None:
+    """Everything that can be refused before any work."""
+    fitting_stores(base, vlm)
+    if dictionaries is not None:
+        check_dictionaries(dictionaries, vlm, hooks)
+    if neutral is not None:
+        check_neutral(neutral, vlm, hooks)
+    check_expression(vlm, pl.col(config.cluster), "cluster", None)
+    for name in ("vision", "spatial"):
+        expression = getattr(config, name)
+        if expression is not None:
+            check_expression(vlm, expression, name)
 
 
-def _layer(
+def _features(
     base: ActivationStore,
     vlm: ActivationStore,
-    hook: str,
-    layer: int,
-    saes: Mapping[str, Mapping[str, SAE]],
+    hooks: list[str],
+    stages: Stages,
+    folder: Path,
     config: DiffConfig,
+    held: pl.Expr | None,
     progress: bool,
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The signals of one layer, and the top samples of its features."""
-    sae = saes[config.regimes[0]][hook]
-    seen = vlm[hook] if config.vision is None else vlm[hook].where(config.vision)
-    vision = analyse(seen, sae, top=config.top_samples, progress=progress)
-    text = analyse(base[hook], sae, top=0, progress=progress)
-    table = signals(layer, saes["base"][hook].W_dec, sae.W_dec, _all(vision.stats), _all(text.stats))
-    if config.spatial is not None:
-        shifted = firing_shift(layer, *_split(vlm[hook], sae, config, progress))
-        table = table.join(shifted, on=_KEY, maintain_order="left")
-    top = vision.top if vision.top is not None else pl.DataFrame()
-    return table.with_columns(hook=pl.lit(hook)), top.with_columns(layer=pl.lit(layer, pl.Int64))
-
-
-def _split(
-    acts: Activations, sae: SAE, config: DiffConfig, progress: bool
-) -> tuple[FeatureStats, FeatureStats]:
-    """Statistics on spatial questions and on what they are compared with."""
-    assert config.spatial is not None  # noqa: S101 - told by the caller
-    spatial = _all(analyse(acts.where(config.spatial), sae, top=0, progress=progress).stats)
-    others = _all(analyse(acts.where(~config.spatial), sae, top=0, progress=progress).stats)
-    return spatial, others if config.base_is_complement else others.merge(spatial)
-
-
-def _neutral(
-    store: ActivationStore, hooks: list[str], saes: Mapping[str, SAE], progress: bool
 ) -> pl.DataFrame:
-    """Per feature: share of samples on which it fires under the neutral prompt, and its mass on image tokens."""
-    from microtome.metrics import sample_fires
-
+    """Signals of all layers, and what the filters make of them; top samples go to a file per layer."""
     tables = []
+    (folder / "top").mkdir(parents=True, exist_ok=True)
     for layer, hook in enumerate(hooks):
-        acts, sae = store[hook], saes[hook]
-        by_kind = analyse(acts, sae, by=pl.col("kind").cast(pl.String), top=0, progress=progress).stats
-        if not isinstance(by_kind, dict):
-            raise ShapeError(f"neutral: expected rows of several kinds at {hook}, found one group")
-        mass = {kind: stats.sum for kind, stats in by_kind.items()}
-        total = np.sum(list(mass.values()), axis=0)
-        image = mass.get("image", np.zeros_like(total))
-        samples = sample_fires(sae.encode(acts), acts.rows)
-        share = np.divide(image, total, out=np.zeros_like(total), where=total > 0)
-        columns = {"sample_frequency": samples.firing_frequency(), "image_mass": share}
-        index = {
-            "layer": np.full(sae.d_sae, layer, np.int64),
-            "feature": np.arange(sae.d_sae, dtype=np.int64),
-        }
-        tables.append(pl.DataFrame(index | columns))
-    return pl.concat(tables)
+        table, top = layer_signals(base, vlm, hook, layer, stages, config, held, progress)
+        top.write_parquet(folder / "top" / f"{layer:03d}.parquet")
+        tables.append(table)
+    features = select_adapted(pl.concat(tables), p_gap=config.p_gap, p_cos=config.p_cos)
+    if config.spatial is None:
+        return features
+    return select_spatial(
+        _pooled_q(features),
+        top=None if config.min_gap is not None else config.spatial_top,
+        min_gap=config.min_gap,
+        min_odds_ratio=config.min_odds_ratio,
+        max_q=config.max_q,
+    )
 
 
-def _cosine_quantiles(saes: Mapping[str, Mapping[str, SAE]], hooks: list[str]) -> pl.DataFrame:
-    """Mean and quantiles of the decoder cosine with the base dictionary, per layer and regime."""
-    rows = []
-    for regime in (name for name in saes if name != "base"):
-        for layer, hook in enumerate(hooks):
-            cosine = np.asarray(decoder_cosine(saes["base"][hook].W_dec, saes[regime][hook].W_dec))
-            low, middle, high = np.nanquantile(cosine, [0.1, 0.5, 0.9])
-            rows.append(
-                {"regime": regime, "layer": layer, "hook": hook, "cosine": float(np.nanmean(cosine))}
-                | {"q10": float(low), "median": float(middle), "q90": float(high)}
+def _pooled_q(features: pl.DataFrame) -> pl.DataFrame:
+    """q-values over the living features of all layers, as the filter pools them; null for dead ones."""
+    living = features.filter(~pl.col("dead"))
+    odds, error, p = (living[c].to_numpy() for c in ("odds_ratio", "log_standard_error", "p_value"))
+    q = OddsRatio(odds, np.log(odds), error, p).q_value()
+    pooled = living.select(_KEY).with_columns(q_value=pl.Series(q))
+    return features.drop("q_value").join(pooled, on=_KEY, how="left", maintain_order="left")
+
+
+def _controls(
+    features: pl.DataFrame,
+    vlm: ActivationStore,
+    hooks: list[str],
+    saes: Mapping[str, SAE],
+    config: DiffConfig,
+    held: pl.Expr | None,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Chosen sets against matched random features on held-out images, over all tokens and over each kind."""
+    tables, each = [], None
+    if held is None or config.spatial is None:
+        return features, pl.DataFrame()
+    for chosen in (name for name in ("spatial", "survivor") if name in features.columns):
+        if not features.filter(chosen & (pl.col(config.match) > 0)).height:
+            continue
+        for kind in ("all", "text", "image"):
+            where = held if kind == "all" else held & (pl.col("kind") == kind)
+            table, gaps = against_controls(
+                features,
+                lambda layer: (seen_rows(vlm, hooks[layer], config), saes[hooks[layer]]),
+                config.spatial.fill_null(value=False),
+                chosen=chosen,
+                where=where,
+                match=config.match,
+                neighbours=config.neighbours,
+                n_draws=config.draws,
+                unit=config.unit,
+                cluster=config.cluster,
+                level=config.level,
+                seed=config.train.seed,
             )
-    return pl.DataFrame(rows)
+            tables.append(table.select("set", pl.lit(kind).alias("tokens"), pl.exclude("set")))
+            each = gaps if each is None else each
+    if each is not None:
+        features = features.join(each, on=_KEY, how="left", maintain_order="left")
+    return features, pl.concat(tables) if tables else pl.DataFrame()
 
 
-def _top_of(features: pl.DataFrame, top: pl.DataFrame, vlm: ActivationStore) -> pl.DataFrame:
-    """Top samples of the adapted features, with the ids of their samples."""
-    wanted = features.filter("adapted").select(_KEY)
-    names = vlm.samples.select("sample", "id").collect()
-    kept = top.with_columns(pl.col("feature").cast(pl.Int64)).join(wanted, on=_KEY, how="semi")
-    return kept.join(names, on="sample", how="left").sort(*_KEY, "rank")
+def _top_of(features: pl.DataFrame, folder: Path, vlm: ActivationStore, config: DiffConfig) -> pl.DataFrame:
+    """Top samples of the adapted features, one per image, with the ids of their samples."""
+    wanted = features.filter("adapted").select(_KEY).lazy()
+    images = pl.col("sample") if config.cluster == "sample" else pl.col(config.cluster)
+    names = vlm.samples.select("sample", "id", image=images)
+    files = sorted(folder.glob("*.parquet"))
+    top = pl.concat([pl.scan_parquet(file) for file in files]).join(wanted, on=_KEY, how="semi")
+    place = ("layer", "dataset", "feature")
+    first = (
+        top.join(names, on="sample", how="left")
+        .sort(*place, "rank")
+        .unique([*place, "image"], keep="first", maintain_order=True)
+        .with_columns(rank=pl.int_range(1, pl.len() + 1).over(place))
+    )
+    return first.filter(pl.col("rank") <= config.top_samples).sort(*_KEY, "dataset", "rank").collect()
 
 
 def _labelled(features: pl.DataFrame, top: pl.DataFrame, texts: Mapping[Any, str]) -> pl.DataFrame:
@@ -279,9 +248,10 @@ def _labelled(features: pl.DataFrame, top: pl.DataFrame, texts: Mapping[Any, str
     background = list(dict.fromkeys(texts.values()))
     rows = []
     for (layer,), part in top.group_by("layer", maintain_order=True):
-        for feature, evidence in collect({"vlm": part}, {"vlm": texts}).items():
-            label = label_offline(int(layer), feature, evidence, background)
-            rows.append(dataclasses.asdict(label))
+        datasets = part["dataset"].unique(maintain_order=True).to_list()
+        parts = {name: part.filter(pl.col("dataset") == name) for name in datasets}
+        for feature, evidence in collect(parts, dict.fromkeys(parts, texts)).items():
+            rows.append(dataclasses.asdict(label_offline(int(layer), feature, evidence, background)))
     schema = {"layer": pl.Int64, "feature": pl.Int64, "label": pl.String, "label_confidence": pl.Float64}
     labels = pl.DataFrame(
         [
@@ -294,14 +264,7 @@ def _labelled(features: pl.DataFrame, top: pl.DataFrame, texts: Mapping[Any, str
     return features.join(labels, on=_KEY, how="left", maintain_order="left")
 
 
-def _all(stats: FeatureStats | dict[Any, FeatureStats]) -> FeatureStats:
-    """Statistics of an analysis that was not grouped."""
-    if isinstance(stats, dict):
-        raise ShapeError("statistics: expected those of all rows, found groups")
-    return stats
-
-
 def _write(result: DiffResult, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in vars(result).items():
+    for name, table in result.tables().items():
         table.write_parquet(folder / f"{name}.parquet")
