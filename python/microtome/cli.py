@@ -17,6 +17,10 @@ from microtome.errors import Error
 if TYPE_CHECKING:
     import polars as pl
 
+    from microtome.dictionary import SAE
+    from microtome.diffing.interpretation import LayerEvidence, Samples
+    from microtome.diffing.study import DiffResult
+    from microtome.interpret import ChatProvider, Label
     from microtome.metrics import FeatureStats
     from microtome.store import Activations, ActivationStore, StoredCodes
 
@@ -254,7 +258,7 @@ def cka(
 def diff(
     base: Annotated[Path, typer.Argument(help="Store of the base language model.", show_default=False)],
     vlm: Annotated[Path, typer.Argument(help="Store of the VLM, same hooks.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for dictionaries, tables and the report.")] = Path("diff"),
+    out: Annotated[Path, typer.Option(help="Folder for dictionaries, tables, figures and pages.")] = Path("diff"),
     spatial: Annotated[
         str | None,
         typer.Option(help="Spatial questions, as SQL over row and sample columns.", show_default=False),
@@ -262,46 +266,106 @@ def diff(
     neutral: Annotated[
         Path | None, typer.Option(help="Store of the VLM under a neutral prompt.", show_default=False)
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The data set that the VLM was captured on: texts and pictures.", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id.", show_default="the model that the store names")
+    ] = None,
+    dictionaries: Annotated[
+        Path | None,
+        typer.Option(help="Base dictionaries, a folder of each hook's name.", show_default="trained here"),
+    ] = None,
     d_sae: Annotated[int, typer.Option(help="Features per dictionary.")] = 1024,
     k: Annotated[int, typer.Option(help="Features per token.")] = 16,
     steps: Annotated[int, typer.Option(help="Training steps per dictionary.")] = 1500,
     batch_size: Annotated[int, typer.Option(help="Rows per training step.")] = 1024,
+    vision: Annotated[
+        str | None, typer.Option(help="VLM rows that stand for vision, as SQL.", show_default="all")
+    ] = None,
+    text_dictionary: Annotated[
+        str, typer.Option(help="What encodes the base model's side of the variance gap: adapted or base.")
+    ] = "adapted",
+    gap_tokens: Annotated[str, typer.Option(help="VLM tokens of the variance gap: all, text or image.")] = "all",
+    gap_average: Annotated[str, typer.Option(help="Average of the variance gap: token or sample.")] = "token",
     p_gap: Annotated[float, typer.Option(help="Share kept by variance gap.")] = 0.2,
     p_cos: Annotated[float, typer.Option(help="Share of those kept by decoder cosine.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Seed of dictionaries and of the shuffle.")] = 0,
+    unit: Annotated[str, typer.Option(help="What firing is counted by: token or sample.")] = "token",
+    nested: Annotated[bool, typer.Option(help="Compare spatial questions with all, not with the others.")] = False,
+    spatial_top: Annotated[float, typer.Option(help="Share of features whose frequency gap is large.")] = 0.2,
+    min_gap: Annotated[
+        float | None, typer.Option(help="Least frequency gap, instead of a share.", show_default=False)
+    ] = None,
+    min_odds_ratio: Annotated[float, typer.Option(help="Odds ratios above this.")] = 1.0,
+    max_q: Annotated[
+        float | None, typer.Option(help="Benjamini-Hochberg q-values up to this.", show_default=False)
+    ] = None,
+    min_neutral_frequency: Annotated[
+        float, typer.Option(help="Share of samples a survivor fires on under the neutral prompt.")
+    ] = 0.01,
+    min_image_mass: Annotated[float, typer.Option(help="Its mass on image tokens is above this share.")] = 0.5,
+    cluster: Annotated[str, typer.Option(help="Sample column that names the image.")] = "sample",
+    holdout: Annotated[float, typer.Option(help="Share of images that selection does not see.")] = 0.5,
+    neighbours: Annotated[int, typer.Option(help="Nearest features a matched control is drawn from.")] = 20,
+    draws: Annotated[int, typer.Option(help="Control sets and bootstrap replicates.")] = 1000,
+    pages: Annotated[int, typer.Option(help="Features with a page; 0 for none.")] = 60,
+    label_model: Annotated[
+        str | None, typer.Option(help="Language model that labels them.", show_default="by counting words")
+    ] = None,
+    label_url: Annotated[
+        str | None, typer.Option(help="Its OpenAI-compatible address.", show_default="OpenAI's")
+    ] = None,
+    label_budget: Annotated[float, typer.Option(help="Largest estimated price that is begun.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of dictionaries, splits and draws.")] = 0,
     progress: Progress = True,
     config: Config = None,
 ) -> None:
     """Find the features of the base model's dictionaries that fine-tuning on pictures changed.
 
-    Example: `microtome diff runs/lm runs/vlm --spatial "task = 'spatial'" --out runs/diff`
+    Example: `microtome diff runs/lm runs/vlm --spatial "task = 'spatial'" --data questions.jsonl --out runs/diff`
     """
-    import polars as pl
-
     from microtome.dictionary import TrainConfig
     from microtome.diffing import study
-    from microtome.report.diffing import diff_page
+    from microtome.diffing.interpretation import read_samples
 
     told = study.DiffConfig(
         train=TrainConfig(d_sae=d_sae, k=k, steps=steps, batch_size=batch_size, seed=seed),
-        spatial=None if spatial is None else pl.sql_expr(spatial),
+        spatial=_expression("spatial", spatial),
+        vision=_expression("vision", vision),
+        text_dictionary=text_dictionary,  # type: ignore[arg-type]
+        gap_tokens=gap_tokens,  # type: ignore[arg-type]
+        gap_average=gap_average,  # type: ignore[arg-type]
         p_gap=p_gap,
         p_cos=p_cos,
+        unit=unit,  # type: ignore[arg-type]
+        base_is_complement=not nested,
+        spatial_top=spatial_top,
+        min_gap=min_gap,
+        min_odds_ratio=min_odds_ratio,
+        max_q=max_q,
+        min_neutral_frequency=min_neutral_frequency,
+        min_image_mass=min_image_mass,
+        cluster=cluster,
+        holdout=holdout,
+        neighbours=neighbours,
+        draws=draws,
     )
+    seen = _open(vlm)
+    samples = read_samples(seen, data, tokenizer)
     result = study.run(
         _open(base),
-        _open(vlm),
+        seen,
         out,
         told,
+        dictionaries=None if dictionaries is None else _dictionaries(dictionaries, seen.hooks),
         neutral=None if neutral is None else _open(neutral),
+        texts=samples.texts or None,
         progress=progress,
     )
+    labeller = None if label_model is None else (label_model, label_url, label_budget)
     facts = {"base": str(base), "VLM": str(vlm), "dictionaries": f"{d_sae} features, k = {k}, {steps} steps"}
-    page = diff_page(vars(result), facts).write(out / "report.html")
-    _say(
-        f"{result.features.height:,} features, {result.features['adapted'].sum():,} adapted: {out / 'tables'}"
-    )
-    _say(f"open {page.resolve()}")
+    _report_diff(result, seen, samples, out, facts, pages, labeller, progress)
 
 
 @app.command()
@@ -390,6 +454,90 @@ def demo(
     from microtome.demo import run
 
     _say(f"open {run(out, questions=questions, progress=progress).resolve()}")
+
+
+def _expression(name: str, text: str | None) -> pl.Expr | None:
+    """A polars expression from SQL."""
+    import polars as pl
+
+    try:
+        return None if text is None else pl.sql_expr(text)
+    except pl.exceptions.PolarsError as error:
+        found = str(error).splitlines()[0]
+        raise typer.BadParameter(f"--{name}: expected SQL over columns, found {text!r}: {found}") from error
+
+
+def _dictionaries(folder: Path, hooks: list[str]) -> dict[str, SAE]:
+    """Dictionaries of a folder, in any known format, by the hooks that name their folders."""
+    from urllib.parse import quote
+
+    from microtome.dictionary import SAE
+
+    places = {hook: folder / quote(hook, safe=".-_") for hook in hooks}
+    found = {hook: SAE.load_from_disk(place) for hook, place in places.items() if place.exists()}
+    if not found:
+        raise typer.BadParameter(f"--dictionaries {folder}: expected folders named {', '.join(hooks)}, found none")
+    return found
+
+
+def _report_diff(
+    result: DiffResult,
+    vlm: ActivationStore,
+    samples: Samples,
+    out: Path,
+    facts: dict[str, str],
+    pages: int,
+    labeller: tuple[str, str | None, float] | None,
+    progress: bool,
+) -> None:
+    """Pages, labels, review sheet, figures and the report of a diffing study."""
+    import dataclasses
+
+    from microtome.diffing.interpretation import gather, label, metrics_of, with_labels
+    from microtome.interpret import write_review_sheet
+    from microtome.report.diffing import diff_page, write_figures
+    from microtome.report.features import write_index, write_pages
+
+    evidence = gather(result, vlm, samples, pages=pages) if pages else {}
+    if evidence:
+        provider = None if labeller is None else _provider(labeller, evidence)
+        labels = label(evidence, samples, provider=provider, cache=out / "labels.jsonl", progress=progress)
+        result = dataclasses.replace(result, features=with_labels(result.features, labels))
+        result.features.write_parquet(out / "tables" / "features.parquet")
+        for layer, items in evidence.items():
+            mine = [item for item in labels if item.layer == layer]
+            write_pages(mine, items, out / "features", metrics_of(result.features, layer))
+        shown = ("layer", "feature", "spatial", "survivor", "variance_gap", "decoder_cosine", "label")
+        listed = result.features.join(_keys(labels), on=["layer", "feature"], how="semi")
+        write_index(listed.select(c for c in shown if c in listed.columns), out / "features")
+        _say(f"{len(labels)} pages: {out / 'features' / 'index.html'}; verdicts go into {write_review_sheet(labels, out / 'review.csv')}")
+    tables = result.tables()
+    write_figures(tables, out / "figures")
+    page = diff_page(tables, facts, "features" if evidence else "").write(out / "report.html")
+    _say(f"{result.features.height:,} features, {result.features['adapted'].sum():,} adapted: {out / 'tables'}")
+    _say(f"figures: {out / 'figures'}")
+    _say(f"open {page.resolve()}")
+
+
+def _keys(labels: list[Label]) -> pl.DataFrame:
+    import polars as pl
+
+    keys = [(item.layer, item.feature) for item in labels]
+    return pl.DataFrame(keys, schema={"layer": pl.Int64, "feature": pl.Int64}, orient="row")
+
+
+def _provider(labeller: tuple[str, str | None, float], evidence: LayerEvidence) -> ChatProvider:
+    """The language model that labels; says what it will cost, and refuses what costs more than was allowed."""
+    from microtome.interpret import ChatProvider, estimate
+
+    model, url, budget = labeller
+    items = {(layer, f): found for layer, features in evidence.items() for f, found in features.items()}
+    cost = estimate(items)
+    _say(f"labelling by {model}: {cost['requests']:.0f} requests, about {cost['tokens_in']:,.0f} tokens in, "
+         f"{cost['tokens_out']:,.0f} out, {cost['price']:.2f} USD at gpt-4o-mini's price")
+    if cost["price"] > budget:
+        raise typer.BadParameter(f"--label-budget {budget}: expected at least {cost['price']:.2f} for {len(items)} features")
+    return ChatProvider(model, base_url=url)
 
 
 def _say(text: str) -> None:

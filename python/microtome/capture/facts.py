@@ -43,6 +43,7 @@ def run_facts(
             "n_kv_heads": adapter.n_kv_heads,
             "d_head": adapter.d_head,
             "d_mlp": adapter.d_mlp,
+            "vision": _patches(config),
         },
         "modules": {point.name: point.path for point in wanted.points},
         "dtype": wanted.dtype_name,
@@ -59,3 +60,17 @@ def run_facts(
         return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
     except TypeError as error:
         raise ShapeError(f"model_facts: expected JSON values, found other ({error})") from error
+
+
+def _patches(config: Any) -> dict[str, Any] | None:
+    """How a picture is cut: its size in pixels (None where it is free), pixels a patch, patches a side per token."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return None
+    size = getattr(vision, "image_size", None)
+    merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None) or 1
+    return {
+        "image_size": [size, size] if isinstance(size, int) else list(size) if size else None,
+        "patch_size": getattr(vision, "patch_size", None),
+        "merge": merge,
+    }

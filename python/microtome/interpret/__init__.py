@@ -3,6 +3,7 @@
 from microtome.interpret.cues import SPATIAL_CUES, cue_counts, cues_in, ngram_lift
 from microtome.interpret.evidence import Evidence, collect, windows
 from microtome.interpret.labels import Label, label_features, label_offline
+from microtome.interpret.maps import evidence_from, patch_grid
 from microtome.interpret.provider import ChatProvider, estimate
 from microtome.interpret.review import agreement, read_verdicts, write_review_sheet
 
@@ -16,9 +17,11 @@ __all__ = [
     "cue_counts",
     "cues_in",
     "estimate",
+    "evidence_from",
     "label_features",
     "label_offline",
     "ngram_lift",
+    "patch_grid",
     "read_verdicts",
     "windows",
     "write_review_sheet",

@@ -1,178 +1,140 @@
-"""The figures of stage-wise model diffing (2602.08713), each from one table of a study."""
+"""The report of a diffing study: the figures of the paper, each with its data beside it, and one page."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import polars as pl
 
-from microtome.report.figures import PALETTE, canvas
+from microtome.report import diffing_figures as draw
 from microtome.report.page import Page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["adapted_per_layer", "cosine_by_layer", "diff_page", "fvu_curves", "joint_scatter", "survivors"]
+__all__ = ["diff_page", "figures_of", "fvu_table", "write_figures"]
 
-_REGIMES = {
-    "text": PALETTE["text"],
-    "image": PALETTE["image"],
-    "full": PALETTE["accent"],
-    "random": PALETTE["pool"],
-}
+Tables = Mapping[str, pl.DataFrame]
+
+_FEATURES = ["layer", "feature", "variance_gap", "decoder_cosine", "dead", "adapted"]
+_SHIFT = ["frequency_base", "frequency_spatial", "frequency_gap", "odds_ratio", "spatial"]
 
 
-def fvu_curves(curves: pl.DataFrame) -> Figure:
-    """Mean FVU over layers against tokens seen, one line per regime (the paper's Figure 1)."""
-    figure, axes = canvas()
-    for regime, colour in _REGIMES.items():
-        part = (
-            curves.filter(pl.col("regime") == regime)
-            .group_by("tokens")
-            .agg(pl.col("fvu").mean())
-            .sort("tokens")
-        )
-        if part.height:
-            axes.plot(part["tokens"].to_numpy(), part["fvu"].to_numpy(), color=colour, label=regime, lw=1.8)
-    axes.set(xlabel="tokens seen", ylabel="FVU, mean over layers", yscale="log")
-    axes.legend(frameon=False)
-    return figure
+def figures_of(tables: Tables) -> dict[str, tuple[pl.DataFrame, Callable[[pl.DataFrame], Figure]]]:
+    """Each figure that the tables allow: the table it is drawn from, and the function that draws it."""
+    features = tables["features"]
+    shift = [c for c in (*_SHIFT, "survivor") if c in features.columns]
+    found: dict[str, tuple[pl.DataFrame, Callable[[pl.DataFrame], Figure]]] = {
+        "fvu": (tables["curves"], draw.fvu_curves),
+        "fvu_by_layer": (tables["curves"], draw.fvu_by_layer),
+        "reconstruction": (tables["reconstruction"], draw.reconstruction_bars),
+        "cosine_by_layer": (tables["cosines"], draw.cosine_by_layer),
+        "joint": (features.select(*_FEATURES, *(c for c in ("spatial",) if c in shift)), draw.joint_scatter),
+        "adapted_per_layer": (tables["layers"], draw.adapted_per_layer),
+        "thresholds": (tables["sensitivity"], draw.thresholds),
+    }
+    if "spatial" in shift:
+        found["frequency_shift"] = (features.select(*_FEATURES, *shift), draw.frequency_shift)
+        found["survivors"] = (features.select(*_FEATURES, *shift), draw.survivors)
+    if tables["controls"].height:
+        found["controls"] = (tables["controls"], draw.controls)
+    return found
+
+
+def write_figures(tables: Tables, folder: str | Path) -> list[Path]:
+    """Every figure as ``NAME.svg`` and ``NAME.png``, and the table it shows as ``NAME.csv``; returns the PNGs."""
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, (table, drawer) in figures_of(tables).items():
+        figure = drawer(table)
+        table.write_csv(out / f"{name}.csv")
+        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+        paths.append(out / f"{name}.png")
+        figure.savefig(paths[-1], dpi=150, facecolor="white")
+    return paths
 
 
 def fvu_table(curves: pl.DataFrame) -> pl.DataFrame:
-    """Final FVU over layers: mean, median, least, largest, per regime."""
-    final = curves.sort("tokens").group_by("regime", "hook").agg(pl.col("fvu").last())
+    """Final FVU over layers: mean, median, least, largest, per regime (the table of Figure 1)."""
+    final = curves.sort("tokens").group_by("regime", "hook").agg(pl.col("fvu", "l0", "dead_share").last())
     value = pl.col("fvu")
     table = final.group_by("regime").agg(
-        mean=value.mean(), median=value.median(), min=value.min(), max=value.max(), layers=pl.len()
+        mean=value.mean(),
+        median=value.median(),
+        min=value.min(),
+        max=value.max(),
+        L0=pl.col("l0").mean(),
+        dead=pl.col("dead_share").mean(),
+        layers=pl.len(),
     )
     return table.sort("mean")
 
 
-def cosine_by_layer(cosines: pl.DataFrame) -> Figure:
-    """Decoder cosine with the base dictionary against layer, one line per regime (Figure 6)."""
-    figure, axes = canvas()
-    for regime, colour in _REGIMES.items():
-        part = cosines.filter(pl.col("regime") == regime).sort("layer")
-        if part.height:
-            layer = part["layer"].to_numpy()
-            axes.plot(layer, part["cosine"].to_numpy(), color=colour, label=regime, marker="o", ms=3.5)
-            axes.fill_between(
-                layer, part["q10"].to_numpy(), part["q90"].to_numpy(), color=colour, alpha=0.12, lw=0
-            )
-    axes.set(xlabel="layer", ylabel="decoder cosine (band: 10 to 90 %)")
-    axes.legend(frameon=False)
-    return figure
-
-
-def joint_scatter(features: pl.DataFrame) -> Figure:
-    """Variance gap against decoder cosine, the adapted set highlighted (Figures 2 and 9)."""
-    figure, axes = canvas(6.4, 4.0)
-    living = features.filter(~pl.col("dead"))
-    groups = [("pool", living, PALETTE["pool"]), ("adapted", living.filter("adapted"), PALETTE["image"])]
-    if "spatial" in living.columns:
-        groups.append(("spatial", living.filter("spatial"), "#5b2a86"))
-    for name, part, colour in groups:
-        x, y = part["variance_gap"].to_numpy(), part["decoder_cosine"].to_numpy()
-        axes.scatter(
-            x, y, s=5 if name == "pool" else 10, color=colour, lw=0, alpha=0.7, label=f"{name} ({len(x):,})"
-        )
-    gaps = np.abs(living["variance_gap"].to_numpy())
-    scale = float(np.quantile(gaps[gaps > 0], 0.2)) if (gaps > 0).any() else 1.0
-    axes.set_xscale("symlog", linthresh=scale)
-    axes.set(xlabel="variance gap", ylabel="decoder cosine")
-    axes.legend(frameon=False, markerscale=2)
-    return figure
-
-
-def adapted_per_layer(layers: pl.DataFrame) -> Figure:
-    """Adapted features per layer, and their mean cosine beside that of the pool (Figure 8)."""
-    figure, (left, right) = canvas(8.6, 3.2, columns=2)
-    layer = layers["layer"].to_numpy()
-    left.bar(layer, layers["adapted"].to_numpy(), color=PALETTE["image"])
-    left.set(xlabel="layer", ylabel="adapted features")
-    for name, colour in (("cosine_pool", PALETTE["pool"]), ("cosine_adapted", PALETTE["image"])):
-        right.plot(
-            layer,
-            layers[name].to_numpy(),
-            marker="o",
-            ms=3.5,
-            color=colour,
-            label=name.removeprefix("cosine_"),
-        )
-    right.set(xlabel="layer", ylabel="mean decoder cosine")
-    right.legend(frameon=False)
-    return figure
-
-
-def survivors(features: pl.DataFrame) -> Figure:
-    """Firing frequency on general and on spatial questions, the retained features highlighted (Figure 3)."""
-    figure, (left, right) = canvas(9.0, 3.6, columns=2)
-    living = features.filter(~pl.col("dead"))
-    columns = ("frequency_base", "frequency_spatial")
-    positive = np.concatenate([living[c].filter(living[c] > 0).to_numpy() for c in columns])
-    least = float(positive.min()) / 2 if len(positive) else 1e-6
-    for column, colour in zip(columns, (PALETTE["pool"], PALETTE["image"]), strict=True):
-        values = np.maximum(living[column].to_numpy(), least)
-        label = column.removeprefix("frequency_")
-        left.hist(values, bins=np.geomspace(least, 1, 40), histtype="step", lw=1.6, color=colour, label=label)
-    left.set(xscale="log", yscale="log", xlabel="firing frequency", ylabel="features")
-    left.legend(frameon=False)
-    kept = "survivor" if "survivor" in living.columns else "spatial"
-    for name, part, colour in (
-        ("adapted", living.filter("adapted"), PALETTE["pool"]),
-        (kept, living.filter(kept), PALETTE["image"]),
-    ):
-        x, y = (np.maximum(part[c].to_numpy(), least) for c in columns)
-        right.scatter(x, y, s=12, lw=0, color=colour, alpha=0.8, label=f"{name} ({part.height})")
-    right.plot([least, 1], [least, 1], color="#5d6b7a", lw=0.8, ls=":")
-    right.set(
-        xscale="log", yscale="log", xlabel="frequency, other questions", ylabel="frequency, spatial questions"
-    )
-    right.legend(frameon=False)
-    return figure
-
-
-def diff_page(tables: dict[str, pl.DataFrame], facts: dict[str, str]) -> Page:
-    """The report of a study from its tables ``features, curves, cosines, layers, sensitivity``."""
-    features, curves, layers = tables["features"], tables["curves"], tables["layers"]
+def diff_page(tables: Tables, facts: dict[str, str], pages: str = "") -> Page:
+    """The report of a study from its tables; ``pages`` leads to the index of feature pages, where there is one."""
+    features, layers = tables["features"], tables["layers"]
+    figures = {name: (lambda t=table, d=drawer: d(t)) for name, (table, drawer) in figures_of(tables).items()}
     page = Page(
         "What fine-tuning on pictures changed", "Stage-wise model diffing, base language model to VLM", facts
     )
     page.section(
         "Reconstruction",
-        "Held-out FVU of dictionaries adapted to the VLM, by the tokens that entered the loss.",
+        "Held-out FVU of dictionaries adapted to the VLM, each on the tokens that enter its loss; random starts from random "
+        "weights and sees all tokens.",
     )
-    page.figure(fvu_curves(curves)).table(fvu_table(curves), "final FVU over layers")
+    page.figure(figures["fvu"]()).table(fvu_table(tables["curves"]), "final values, over layers")
+    page.figure(figures["fvu_by_layer"](), "Layer by layer.")
+    page.figure(figures["reconstruction"](), "All dictionaries on the same held-out rows. Bars: mean over layers; dots: layers.")
+    page.section("Rotation", "Cosine of every decoder direction with the base dictionary's: 1 means unchanged.")
+    page.figure(figures["cosine_by_layer"]())
     page.section(
-        "Rotation", "Cosine of every decoder direction with the base dictionary's: 1 means unchanged."
+        "Adapted features", "Large variance gap first, then low decoder cosine, over all layers pooled; dead features left out."
     )
-    page.figure(cosine_by_layer(tables["cosines"]))
-    page.section(
-        "Adapted features", "Large variance gap first, then low decoder cosine, over all layers pooled."
-    )
-    page.figure(joint_scatter(features)).figure(adapted_per_layer(layers)).table(layers)
+    page.figure(figures["joint"]()).figure(figures["adapted_per_layer"]()).table(layers)
     if "spatial" in features.columns:
-        page.section(
-            "Spatial features", "Adapted features that fire more on spatial questions than on others."
-        )
-        page.figure(survivors(features)).table(_spatial_table(features), "by frequency gap")
-    page.section("Thresholds", "The adapted set under other thresholds, against the one reported here.")
-    return page.table(tables["sensitivity"])
+        _spatial_sections(page, tables, figures, pages)
+    page.section("Thresholds", "The adapted set under other thresholds, against the one of 20 % and 20 %.")
+    return page.figure(figures["thresholds"]()).table(tables["sensitivity"])
+
+
+def _spatial_sections(
+    page: Page, tables: Tables, figures: Mapping[str, Callable[[], Figure]], pages: str
+) -> None:
+    features = tables["features"]
+    page.section("Spatial features", "Adapted features that fire more on spatial questions than on others.")
+    page.figure(figures["frequency_shift"]()).figure(figures["survivors"]())
+    links = None
+    shown = _spatial_table(features)
+    if pages:
+        links = [f"{pages}/{name}.html" for name in shown["name"]]
+    page.table(shown, "by frequency gap", limit=25, links=links)
+    if "controls" in figures:
+        page.section("Against random features", _verdict(tables["controls"]))
+        columns = ["set", "tokens", "statistic", "n_features", "chosen", "controls", "difference", "low", "high"]
+        page.figure(figures["controls"]()).table(tables["controls"].select(*columns, "p_value", "images_spatial", "images_other"))
+
+
+def _verdict(controls: pl.DataFrame) -> str:
+    """What the comparison says, in words, as it is."""
+    row = controls.filter(
+        (pl.col("set") == "spatial") & (pl.col("tokens") == "all") & (pl.col("statistic") == "frequency")
+    ).row(0, named=True)
+    holds = "excludes zero" if row["low"] > 0 else "does not exclude zero" if row["high"] >= 0 else "lies below zero"
+    return (
+        f"On images that the features were not chosen by, the {row['n_features']} spatial features fire on {row['chosen']:.2%} of "
+        f"the tokens of spatial questions; random features of the same layers, matched by overall frequency, on "
+        f"{row['controls']:.2%}. Difference {row['difference']:+.2%}, {row['level']:.0%} interval {row['low']:+.2%} to "
+        f"{row['high']:+.2%}: it {holds} (cluster bootstrap over {row['images_spatial']:,} images with and "
+        f"{row['images_other']:,} without spatial questions, {row['draws']:,} control sets)."
+    )
 
 
 def _spatial_table(features: pl.DataFrame) -> pl.DataFrame:
-    wanted = [
-        "layer",
-        "feature",
-        "frequency_spatial",
-        "frequency_base",
-        "odds_ratio",
-        "variance_gap",
-        "decoder_cosine",
-    ]
-    optional = [c for c in ("survivor", "label") if c in features.columns]
-    return (
-        features.filter("spatial").sort("frequency_gap", descending=True).select(*wanted, *optional).head(20)
-    )
+    wanted = ("frequency_spatial", "frequency_base", "odds_ratio", "held_out_low", "held_out_high")
+    wanted = (*wanted, "variance_gap", "decoder_cosine", "survivor", "label")
+    names = pl.format("L{}F{}", "layer", "feature").alias("name")
+    ordered = features.filter("spatial").sort("frequency_gap", descending=True)
+    return ordered.select(names, *(c for c in wanted if c in features.columns))

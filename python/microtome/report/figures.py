@@ -22,7 +22,7 @@ _CYCLE = [PALETTE[name] for name in ("text", "image", "accent", "third", "pool")
 
 
 def canvas(
-    width: float = 7.0, height: float = 3.4, columns: int = 1, rows: int = 1, **options: Any
+    width: float = 7.0, height: float = 3.4, columns: int = 1, *, rows: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
     """An empty figure in the house style: (figure, axes)."""
     extra("matplotlib", "report")

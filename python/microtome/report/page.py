@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ class Card:
     image_png: bytes | None = None
     heat: list[list[float]] | None = None
     """Activation per image patch, row by row, scaled to 0..1; drawn over the picture."""
+    note: str = ""
+    """A line in small print below."""
 
 
 @dataclass
@@ -63,13 +66,15 @@ class Page:
         self.sections[-1].blocks.append({"kind": "figure", "svg": svg(figure), "caption": caption})
         return self
 
-    def table(self, table: pl.DataFrame, caption: str = "", limit: int = 40) -> Page:
-        """Add the first ``limit`` rows of a table."""
+    def table(
+        self, table: pl.DataFrame, caption: str = "", limit: int = 40, links: Sequence[str] | None = None
+    ) -> Page:
+        """Add the first ``limit`` rows of a table; ``links`` are where the first cells of its rows lead, if any."""
         shown = table.head(limit)
         rows = [[_cell(value) for value in row] for row in shown.iter_rows()]
         note = f"first {limit} of {table.height} rows" if table.height > limit else ""
         numeric = [dtype.is_numeric() for dtype in table.dtypes]
-        block = {"kind": "table", "columns": table.columns, "rows": rows, "numeric": numeric}
+        block = {"kind": "table", "columns": table.columns, "rows": rows, "numeric": numeric, "links": links}
         self.sections[-1].blocks.append({**block, "caption": " · ".join(filter(None, (caption, note)))})
         return self
 
@@ -117,6 +122,8 @@ def _data_uri(png: bytes | None) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
