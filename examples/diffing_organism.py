@@ -5,7 +5,8 @@
 writes questions in words and in pictures as JSON lines, captures the base model on the words and the VLM on the pictures,
 the VLM once more under a neutral prompt, and then runs, as a user would,
 
-    microtome diff OUT/base OUT/vlm --spatial "task = 'spatial'" --neutral OUT/neutral --data OUT/vlm.jsonl --out OUT/diff
+    microtome diff OUT/base OUT/vlm --spatial "task = 'spatial'" --cluster scene --neutral OUT/neutral \\
+        --data OUT/vlm.jsonl --out OUT/diff
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def write_questions(folder: Path, n: int, seed: int) -> None:
             for item in organism.questions(task, form, n, seed):
                 row = {"id": item.id, "prompt": item.prompt, "task": item.task, "form": item.form}
                 row |= {"answer": item.answer, "relation": item.relation, "kind_of_question": item.question_kind}
+                row |= {"scene": item.pair_id or item.id}  # refusals come in pairs that share their picture
                 if item.image is not None:
                     row["image"] = f"images/{item.id}.png"
                     item.image.save(folder / row["image"])
@@ -61,7 +63,7 @@ def main() -> None:
     write_questions(told.out, told.questions, told.seed)
     capture_all(told.out)
     print(f'microtome diff {told.out}/base {told.out}/vlm --neutral {told.out}/neutral '
-          f'''--spatial "task = 'spatial'" --data {told.out}/vlm.jsonl --out {told.out}/diff''')
+          f'''--spatial "task = 'spatial'" --cluster scene --data {told.out}/vlm.jsonl --out {told.out}/diff''')
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def read_samples(store: ActivationStore, data: str | Path | None = None, tokeniz
     if not any(id_ in items for id_ in known):
         raise ShapeError(f"data: expected samples of {store.path} such as {known[0]!r}, found {next(iter(items))!r} in {data}")
     pictured = {id_: item.image for id_, item in items.items() if item.image is not None}
-    return Samples({id_: item.prompt for id_, item in items.items()}, words, pictured.get if pictured else None)
+    texts = {id_: item.prompt for id_, item in items.items()} if words is None else _texts(store, words)
+    return Samples(texts, words, pictured.get if pictured else None)
 
 
 def gather(

@@ -21,10 +21,16 @@ from microtome.progress import bar
 
 __all__ = ["Label", "Provider", "label_features", "label_offline"]
 
-PROMPT = """You are shown the inputs on which one feature of a sparse autoencoder is most active. Say what they have in common.
+EXAMPLE = (
+    '{"confidence": 0.8, "description": "Questions about what lies behind a thing.", '
+    '"common_patterns": ["behind the"], "cue_counts": {"behind": 4}}'
+)
+"""A well-formed answer: shown in the prompt, for small models that do not follow a description of one."""
+
+PROMPT = f"""You are shown the inputs on which one feature of a sparse autoencoder is most active. Say what they have in common.
 Brackets mark the token on which the activation peaks; (image) means that it peaks on a patch of the picture.
-Answer with one JSON object and nothing else:
-{"confidence": number from 0 to 1, "description": "one sentence", "common_patterns": ["..."], "cue_counts": {"word": count}}"""
+Answer with one JSON object and nothing else. Its confidence is a number from 0 to 1. For example:
+{EXAMPLE}"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Label:
     labeller: str = "offline"
     prompt_hash: str = ""
     n_evidence: int = 0
+    reason: str = ""
+    """Why the language model gave no label; empty where it did."""
 
 
 class Provider(Protocol):
@@ -108,8 +116,8 @@ def label_features(
         progress: whether to draw a bar.
 
     Returns:
-        One label per feature, in the order of ``evidence``. A feature that the model could not label after its retries has
-        confidence 0 and says why; it is asked again on the next run.
+        One label per feature, in the order of ``evidence``. A feature that the model could not label after its retries is
+        called unlabelled, with confidence 0 and the reason; it is asked again on the next run.
     """
     path = Path(cache)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +132,7 @@ def label_features(
             key = (provider.model, prompt_hash(provider.model, layer, feature, user))
             if key not in known:
                 known[key] = _ask(provider, layer, feature, user, key[1], len(items))
-                if known[key].confidence > 0 or known[key].common_patterns:
+                if not known[key].reason:
                     file.write(json.dumps(asdict(known[key])) + "\n")
                     file.flush()
             labels.append(known[key])
@@ -151,15 +159,8 @@ def _ask(provider: Provider, layer: int, feature: int, user: str, key: str, n: i
     try:
         answer = provider.complete(PROMPT, user)
     except Error as error:
-        return Label(
-            layer,
-            feature,
-            f"not labelled: {error}",
-            0.0,
-            labeller=provider.model,
-            prompt_hash=key,
-            n_evidence=n,
-        )
+        facts = {"labeller": provider.model, "prompt_hash": key, "n_evidence": n, "reason": str(error)}
+        return Label(layer, feature, "unlabelled", 0.0, **facts)  # type: ignore[arg-type]
     return Label(
         layer,
         feature,

@@ -9,7 +9,7 @@ from typing import Any
 
 from microtome.errors import Error
 from microtome.interpret.evidence import Evidence
-from microtome.interpret.labels import PROMPT, render
+from microtome.interpret.labels import EXAMPLE, PROMPT, render
 from microtome.tensors import extra
 
 __all__ = ["ChatProvider", "ProviderError", "estimate"]
@@ -55,29 +55,41 @@ class ChatProvider:
         Raises:
             ProviderError: no well-formed answer after all attempts; says what the last one lacked.
         """
-        last = ""
+        last, messages = "", _messages(system, user)
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(8.0, 0.25 * 2**attempt))
             try:
-                return checked(self._request(system, user))
-            except ProviderError as error:
-                last = str(error)
+                text = self._request(messages)
             except Exception as error:  # the client's own errors: rate limits, time-outs, refused connections
                 last = f"{type(error).__name__}: {error}".splitlines()[0]
                 if self.json_mode and "response_format" in last:
                     self.json_mode = False
+                continue
+            try:
+                return checked(text)
+            except ProviderError as error:  # the same words would get the same answer: say what was wrong with it
+                last = str(error)
+                messages = _messages(system, user, text, last)
         raise ProviderError(
             f"labelling by {self.model}: expected a JSON label, found {last}, {self.retries + 1} attempts"
         )
 
-    def _request(self, system: str, user: str) -> str:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    def _request(self, messages: list[dict[str, str]]) -> str:
         options: dict[str, Any] = {"response_format": {"type": "json_object"}} if self.json_mode else {}
         answer = self._client.chat.completions.create(
             model=self.model, messages=messages, temperature=0.0, max_tokens=400, **options
         )
         return answer.choices[0].message.content or ""
+
+
+def _messages(system: str, user: str, answer: str = "", wrong: str = "") -> list[dict[str, str]]:
+    """The conversation of a request; after a malformed answer, with that answer and what was wrong with it."""
+    said = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    if not wrong:
+        return said
+    again = f"{wrong}. Answer with one JSON object and nothing else, such as {EXAMPLE}"
+    return [*said, {"role": "assistant", "content": answer[:400]}, {"role": "user", "content": again}]
 
 
 def checked(text: str) -> dict[str, object]:

@@ -87,7 +87,7 @@ def diff_page(tables: Tables, facts: dict[str, str], pages: str = "") -> Page:
     )
     page.figure(figures["fvu"]()).table(fvu_table(tables["curves"]), "final values, over layers")
     page.figure(figures["fvu_by_layer"](), "Layer by layer.")
-    page.figure(figures["reconstruction"](), "All dictionaries on the same held-out rows. Bars: mean over layers; dots: layers.")
+    page.figure(figures["reconstruction"](), "All dictionaries on held-out VLM rows of the same kinds. Bars: mean over layers; dots: layers.")
     page.section("Rotation", "Cosine of every decoder direction with the base dictionary's: 1 means unchanged.")
     page.figure(figures["cosine_by_layer"]())
     page.section(
@@ -133,8 +133,17 @@ def _verdict(controls: pl.DataFrame) -> str:
 
 
 def _spatial_table(features: pl.DataFrame) -> pl.DataFrame:
-    wanted = ("frequency_spatial", "frequency_base", "odds_ratio", "held_out_low", "held_out_high")
-    wanted = (*wanted, "variance_gap", "decoder_cosine", "survivor", "label")
-    names = pl.format("L{}F{}", "layer", "feature").alias("name")
+    """The spatial features as the report lists them: short headings, intervals in one cell."""
     ordered = features.filter("spatial").sort("frequency_gap", descending=True)
-    return ordered.select(names, *(c for c in wanted if c in features.columns))
+    columns = [
+        pl.format("L{}F{}", "layer", "feature").alias("name"),
+        pl.col("frequency_spatial").alias("spatial"),
+        pl.col("frequency_base").alias("other"),
+        pl.col("odds_ratio").alias("odds ratio"),
+        pl.col("decoder_cosine").alias("cosine"),
+    ]
+    if "held_out_gap" in features.columns:
+        values = (pl.col(f"held_out_{end}").round(4) for end in ("gap", "low", "high"))
+        columns.append(pl.format("{} ({} to {})", *values).alias("gap, held out"))
+    columns += [pl.col(c) for c in ("survivor", "label") if c in features.columns]
+    return ordered.select(columns)

@@ -111,10 +111,7 @@ def joint_scatter(features: pl.DataFrame) -> Figure:
     for name, part, colour, size in groups:
         x, y = part["variance_gap"].to_numpy(), part["decoder_cosine"].to_numpy()
         axes.scatter(x, y, s=size, color=colour, lw=0, alpha=0.75, label=f"{name} ({len(x):,})", rasterized=len(x) > 5000)
-    gaps = np.abs(living["variance_gap"].to_numpy())
-    scale = float(np.quantile(gaps[gaps > 0], 0.25)) if (gaps > 0).any() else 1.0
-    axes.set_xscale("symlog", linthresh=scale)
-    _few_ticks(axes)
+    _symlog(axes, living["variance_gap"].to_numpy())
     axes.axvline(0, color=_GREY, lw=0.6, ls=":")
     axes.set(xlabel="variance gap (symmetric log)", ylabel="decoder cosine")
     axes.legend(frameon=False, markerscale=1.6, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -128,13 +125,13 @@ def adapted_per_layer(layers: pl.DataFrame) -> Figure:
     left.bar(layer, layers["adapted"].to_numpy(), color=PALETTE["image"], alpha=0.8, label="adapted")
     if "spatial" in layers.columns:
         left.bar(layer, layers["spatial"].to_numpy(), color=_SPATIAL, width=0.45, label="of them spatial")
-        left.legend(frameon=False)
+    left.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     left.set(xlabel="layer", ylabel="features")
     for name, colour in (("cosine_pool", PALETTE["pool"]), ("cosine_adapted", PALETTE["image"])):
         label = {"cosine_pool": "living features", "cosine_adapted": "adapted"}[name]
         right.plot(layer, layers[name].to_numpy(), marker="o", ms=3.5, color=colour, label=label)
     right.set(xlabel="layer", ylabel="mean decoder cosine")
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     for axes in (left, right):
         _whole_layers(axes)
     return figure
@@ -148,7 +145,7 @@ def frequency_shift(features: pl.DataFrame) -> Figure:
     least = _least(living, list(columns))
     for column, (label, colour) in columns.items():
         values = np.maximum(living[column].to_numpy(), least)
-        axes.hist(values, bins=np.geomspace(least, 1, 40), histtype="step", lw=1.6, color=colour, label=label)
+        axes.hist(values, bins=np.geomspace(least, 1, 30), histtype="step", lw=1.6, color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlabel="firing frequency (leftmost bin: silent)", ylabel="living features")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.02, 1.18), ncols=2)
     return figure
@@ -219,12 +216,15 @@ def _plain_log(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _few_ticks(axes: Any) -> None:
-    """Every so many decades on a symmetric log axis, so that labels do not touch."""
-    ticks = [t for t in axes.get_xticks() if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
-    step = max(1, len(ticks) // 7)
-    zero = ticks.index(0) if 0 in ticks else 0
-    axes.set_xticks([t for i, t in enumerate(ticks) if (i - zero) % step == 0])
+def _symlog(axes: Any, values: Any) -> None:
+    """A symmetric log axis, linear below the lower quartile of sizes, with labels that do not touch."""
+    sizes = np.abs(values[values != 0])
+    scale = float(np.quantile(sizes, 0.25)) if len(sizes) else 1.0
+    axes.set_xscale("symlog", linthresh=scale)
+    low, high = int(np.ceil(np.log10(scale))) + 1, int(np.floor(np.log10(sizes.max()))) if len(sizes) else 0
+    decades = [10.0**d for d in range(high, low - 1, -max(1, (high - low + 1) // 3))]
+    least, most = (float(f(values)) if len(values) else 0.0 for f in (np.min, np.max))
+    axes.set_xticks(sorted([0.0, *(d for d in decades if d <= most), *(-d for d in decades if -d >= least)]))
 
 
 def _whole_layers(axes: Any) -> None:

@@ -25,12 +25,6 @@ def feature_page(
     """The page of one feature: its label, its numbers, its top samples by data set."""
     facts = {"confidence": f"{label.confidence:.2f}", "labelled by": label.labeller}
     page = Page(f"Layer {label.layer}, feature {label.feature}", label.description, facts)
-    page.section("Numbers", "; ".join(label.common_patterns))
-    if metrics:
-        page.table(pl.DataFrame({"signal": list(metrics), "value": [_value(v) for v in metrics.values()]}))
-    if label.cue_counts:
-        cues = {"cue": list(label.cue_counts), "samples": list(label.cue_counts.values())}
-        page.table(pl.DataFrame(cues), "cues in the top samples")
     page.section(
         "Top samples",
         "Brackets mark the token on which the activation peaks. The picture shows the same feature on the image tokens, "
@@ -38,6 +32,12 @@ def feature_page(
     )
     for dataset in dict.fromkeys(item.dataset for item in evidence):
         page.cards(f"{dataset} questions", [_card(item) for item in evidence if item.dataset == dataset])
+    page.section("Numbers", "; ".join(label.common_patterns))
+    if metrics:
+        page.table(pl.DataFrame({"signal": list(metrics), "value": [_value(v) for v in metrics.values()]}))
+    if label.cue_counts:
+        cues = {"cue": list(label.cue_counts), "samples": list(label.cue_counts.values())}
+        page.table(pl.DataFrame(cues), "cues in the top samples")
     return page
 
 

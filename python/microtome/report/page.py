@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Card", "Page"]
 
+_LONG = 40
+"""Characters from which a cell is prose and gets room."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -74,7 +77,9 @@ class Page:
         rows = [[_cell(value) for value in row] for row in shown.iter_rows()]
         note = f"first {limit} of {table.height} rows" if table.height > limit else ""
         numeric = [dtype.is_numeric() for dtype in table.dtypes]
-        block = {"kind": "table", "columns": table.columns, "rows": rows, "numeric": numeric, "links": links}
+        wide = [any(len(row[i]) > _LONG for row in rows) for i in range(shown.width)]
+        kinds = ["n" if n else "long" if w else "" for n, w in zip(numeric, wide, strict=True)]
+        block = {"kind": "table", "columns": table.columns, "rows": rows, "kinds": kinds, "links": links}
         self.sections[-1].blocks.append({**block, "caption": " · ".join(filter(None, (caption, note)))})
         return self
 
