@@ -73,5 +73,5 @@ def _kinds(store: ActivationStore) -> list[str]:
 
 
 def _model(store: ActivationStore) -> dict[str, Any]:
-    found: dict[str, Any] = store.facts.get("model", {})
-    return found
+    found = store.facts.get("model")
+    return found if isinstance(found, dict) else {}

@@ -144,7 +144,8 @@ def _ordered(features: pl.DataFrame) -> pl.DataFrame:
 
 
 def _named_model(store: ActivationStore) -> str | None:
-    name = store.facts.get("model", {}).get("name")
+    model = store.facts.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
     return name if name and Path(name).is_dir() else None
 
 

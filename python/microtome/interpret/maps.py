@@ -40,8 +40,9 @@ def patch_grid(facts: Mapping[str, Any], n_tokens: int) -> tuple[int, int] | Non
         >>> patch_grid({}, 575) is None
         True
     """
-    vision = facts.get("model", {}).get("vision") or {}
-    if vision.get("image_size") and vision.get("patch_size"):
+    model = facts.get("model")
+    vision = (model.get("vision") if isinstance(model, Mapping) else None) or {}
+    if vision.get("image_size") and isinstance(vision.get("patch_size"), int):
         cell = vision["patch_size"] * vision.get("merge", 1)
         rows, columns = (side // cell for side in vision["image_size"])
         if rows * columns == n_tokens:
