@@ -106,12 +106,36 @@ def test_malformed_answers_are_asked_again(tmp_path):
     assert len(server.requests) == 3
 
 
+def test_a_malformed_answer_is_answered_with_what_was_wrong(tmp_path):
+    server = Server("It is about cups.", json.dumps({**GOOD, "confidence": 2}), json.dumps(GOOD))
+    provider = ChatProvider("m", client=server, retries=2)
+    [label] = label_features(0, {3: evidence()}, provider, cache=tmp_path / "c.jsonl", progress=False)
+    assert label.description == GOOD["description"]
+    assert label.reason == ""
+    first, second, third = (request["messages"] for request in server.requests)
+    assert [m["role"] for m in first] == ["system", "user"]
+    assert second[2] == {"role": "assistant", "content": "It is about cups."}
+    assert "expected a JSON object, found 'It is about cups.'" in second[3]["content"]
+    assert "confidence: expected a number from 0 to 1, found 2" in third[3]["content"]
+
+
+def test_a_label_of_confidence_zero_is_a_label_and_not_asked_for_twice(tmp_path):
+    unsure = json.dumps({"confidence": 0, "description": "nothing in common"})
+    for calls in (1, 0):
+        server = Server(unsure)
+        provider = ChatProvider("m", client=server)
+        [label] = label_features(0, {3: evidence()}, provider, cache=tmp_path / "c.jsonl", progress=False)
+        assert label.description == "nothing in common"
+        assert len(server.requests) == calls
+
+
 def test_a_model_that_never_answers_is_said_so_and_asked_again_next_time(tmp_path):
     server = Server(ConnectionError("refused"))
     provider = ChatProvider("m", client=server, retries=1)
     [label] = label_features(0, {3: evidence()}, provider, cache=tmp_path / "c.jsonl", progress=False)
     assert label.confidence == 0
-    assert "ConnectionError: refused" in label.description
+    assert label.description == "unlabelled"
+    assert "ConnectionError: refused" in label.reason
     server.answers = [json.dumps(GOOD)]
     assert (
         label_features(0, {3: evidence()}, provider, cache=tmp_path / "c.jsonl", progress=False)[0].confidence
