@@ -30,7 +30,11 @@ def write_questions(folder: Path, n: int, seed: int) -> None:
         for form, name in (("textual", "base"), ("visual", "vlm")):
             for item in organism.questions(task, form, n, seed):
                 row = {"id": item.id, "prompt": item.prompt, "task": item.task, "form": item.form}
-                row |= {"answer": item.answer, "relation": item.relation, "kind_of_question": item.question_kind}
+                row |= {
+                    "answer": item.answer,
+                    "relation": item.relation,
+                    "kind_of_question": item.question_kind,
+                }
                 row |= {"scene": item.pair_id or item.id}  # refusals come in pairs that share their picture
                 if item.image is not None:
                     row["image"] = f"images/{item.id}.png"
@@ -62,8 +66,10 @@ def main() -> None:
     told = parser.parse_args()
     write_questions(told.out, told.questions, told.seed)
     capture_all(told.out)
-    print(f'microtome diff {told.out}/base {told.out}/vlm --neutral {told.out}/neutral '
-          f'''--spatial "task = 'spatial'" --cluster scene --data {told.out}/vlm.jsonl --out {told.out}/diff''')
+    print(
+        f"microtome diff {told.out}/base {told.out}/vlm --neutral {told.out}/neutral "
+        f"""--spatial "task = 'spatial'" --cluster scene --data {told.out}/vlm.jsonl --out {told.out}/diff"""
+    )
 
 
 if __name__ == "__main__":

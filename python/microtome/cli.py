@@ -258,7 +258,9 @@ def cka(
 def diff(
     base: Annotated[Path, typer.Argument(help="Store of the base language model.", show_default=False)],
     vlm: Annotated[Path, typer.Argument(help="Store of the VLM, same hooks.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for dictionaries, tables, figures and pages.")] = Path("diff"),
+    out: Annotated[Path, typer.Option(help="Folder for dictionaries, tables, figures and pages.")] = Path(
+        "diff"
+    ),
     spatial: Annotated[
         str | None,
         typer.Option(help="Spatial questions, as SQL over row and sample columns.", show_default=False),
@@ -268,7 +270,9 @@ def diff(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="The data set that the VLM was captured on: texts and pictures.", show_default=False),
+        typer.Option(
+            help="The data set that the VLM was captured on: texts and pictures.", show_default=False
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id.", show_default="the model that the store names")
@@ -287,12 +291,16 @@ def diff(
     text_dictionary: Annotated[
         str, typer.Option(help="What encodes the base model's side of the variance gap: adapted or base.")
     ] = "adapted",
-    gap_tokens: Annotated[str, typer.Option(help="VLM tokens of the variance gap: all, text or image.")] = "all",
+    gap_tokens: Annotated[
+        str, typer.Option(help="VLM tokens of the variance gap: all, text or image.")
+    ] = "all",
     gap_average: Annotated[str, typer.Option(help="Average of the variance gap: token or sample.")] = "token",
     p_gap: Annotated[float, typer.Option(help="Share kept by variance gap.")] = 0.2,
     p_cos: Annotated[float, typer.Option(help="Share of those kept by decoder cosine.")] = 0.2,
     unit: Annotated[str, typer.Option(help="What firing is counted by: token or sample.")] = "token",
-    nested: Annotated[bool, typer.Option(help="Compare spatial questions with all, not with the others.")] = False,
+    nested: Annotated[
+        bool, typer.Option(help="Compare spatial questions with all, not with the others.")
+    ] = False,
     spatial_top: Annotated[float, typer.Option(help="Share of features whose frequency gap is large.")] = 0.2,
     min_gap: Annotated[
         float | None, typer.Option(help="Least frequency gap, instead of a share.", show_default=False)
@@ -304,7 +312,9 @@ def diff(
     min_neutral_frequency: Annotated[
         float, typer.Option(help="Share of samples a survivor fires on under the neutral prompt.")
     ] = 0.01,
-    min_image_mass: Annotated[float, typer.Option(help="Its mass on image tokens is above this share.")] = 0.5,
+    min_image_mass: Annotated[
+        float, typer.Option(help="Its mass on image tokens is above this share.")
+    ] = 0.5,
     cluster: Annotated[str, typer.Option(help="Sample column that names the image.")] = "sample",
     holdout: Annotated[float, typer.Option(help="Share of images that selection does not see.")] = 0.5,
     neighbours: Annotated[int, typer.Option(help="Nearest features a matched control is drawn from.")] = 20,
@@ -476,7 +486,9 @@ def _dictionaries(folder: Path, hooks: list[str]) -> dict[str, SAE]:
     places = {hook: folder / quote(hook, safe=".-_") for hook in hooks}
     found = {hook: SAE.load_from_disk(place) for hook, place in places.items() if place.exists()}
     if not found:
-        raise typer.BadParameter(f"--dictionaries {folder}: expected folders named {', '.join(hooks)}, found none")
+        raise typer.BadParameter(
+            f"--dictionaries {folder}: expected folders named {', '.join(hooks)}, found none"
+        )
     return found
 
 
@@ -510,11 +522,14 @@ def _report_diff(
         shown = ("layer", "feature", "spatial", "survivor", "variance_gap", "decoder_cosine", "label")
         listed = result.features.join(_keys(labels), on=["layer", "feature"], how="semi")
         write_index(listed.select(c for c in shown if c in listed.columns), out / "features")
-        _say(f"{len(labels)} pages: {out / 'features' / 'index.html'}; verdicts go into {write_review_sheet(labels, out / 'review.csv')}")
+        sheet = write_review_sheet(labels, out / "review.csv")
+        _say(f"{len(labels)} pages: {out / 'features' / 'index.html'}; verdicts go into {sheet}")
     tables = result.tables()
     write_figures(tables, out / "figures")
     page = diff_page(tables, facts, "features" if evidence else "").write(out / "report.html")
-    _say(f"{result.features.height:,} features, {result.features['adapted'].sum():,} adapted: {out / 'tables'}")
+    _say(
+        f"{result.features.height:,} features, {result.features['adapted'].sum():,} adapted: {out / 'tables'}"
+    )
     _say(f"figures: {out / 'figures'}")
     _say(f"open {page.resolve()}")
 
@@ -533,10 +548,14 @@ def _provider(labeller: tuple[str, str | None, float], evidence: LayerEvidence) 
     model, url, budget = labeller
     items = {(layer, f): found for layer, features in evidence.items() for f, found in features.items()}
     cost = estimate(items)
-    _say(f"labelling by {model}: {cost['requests']:.0f} requests, about {cost['tokens_in']:,.0f} tokens in, "
-         f"{cost['tokens_out']:,.0f} out, {cost['price']:.2f} USD at gpt-4o-mini's price")
+    _say(
+        f"labelling by {model}: {cost['requests']:.0f} requests, about {cost['tokens_in']:,.0f} tokens in, "
+        f"{cost['tokens_out']:,.0f} out, {cost['price']:.2f} USD at gpt-4o-mini's price"
+    )
     if cost["price"] > budget:
-        raise typer.BadParameter(f"--label-budget {budget}: expected at least {cost['price']:.2f} for {len(items)} features")
+        raise typer.BadParameter(
+            f"--label-budget {budget}: expected at least {cost['price']:.2f} for {len(items)} features"
+        )
     return ChatProvider(model, base_url=url)
 
 

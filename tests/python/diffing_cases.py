@@ -15,7 +15,9 @@ from microtome import _core
 KINDS = {"text": 0, "image": 1}
 
 
-def write_store(path: Path, hooks, tokens, columns, kinds=None, facts=None, token_ids=None) -> mt.ActivationStore:
+def write_store(
+    path: Path, hooks, tokens, columns, kinds=None, facts=None, token_ids=None
+) -> mt.ActivationStore:
     """A store of samples of ``tokens`` rows each; ``kinds`` names the kind of every token of a sample."""
     n = len(next(iter(hooks.values())))
     number = np.arange(n)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import microtome as mt
+from diffing_cases import write_store
 from microtome.diffing import against_controls, draw_controls
 from microtome.diffing.counting import fires_by_label, labels_of, mean_square_by_sample
 from microtome.errors import ShapeError
-from diffing_cases import write_store
 
 D = 12
 SAE = mt.SAE(torch.eye(D), torch.eye(D), activation="topk", k=D)

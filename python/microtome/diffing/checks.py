@@ -35,7 +35,9 @@ def fitting_stores(base: ActivationStore, vlm: ActivationStore) -> None:
         ShapeError: image tokens in the base store, none in the VLM's, or decoders of other sizes.
     """
     if "image" in _kinds(base):
-        raise ShapeError(f"base: expected rows of a language model, text alone, found image tokens in {base.path}")
+        raise ShapeError(
+            f"base: expected rows of a language model, text alone, found image tokens in {base.path}"
+        )
     if "image" not in (found := _kinds(vlm)):
         raise ShapeError(f"vlm: expected image tokens, found {', '.join(found)} alone in {vlm.path}")
     for name in ("n_layers", "d_model"):
@@ -59,7 +61,9 @@ def check_neutral(neutral: ActivationStore, vlm: ActivationStore, hooks: list[st
     for name in ("class", "n_layers", "d_model"):
         a, b = (_model(store).get(name) for store in (neutral, vlm))
         if a != b:
-            raise ShapeError(f"neutral: expected a run of the VLM ({name} = {b}), found {name} = {a} in {neutral.path}")
+            raise ShapeError(
+                f"neutral: expected a run of the VLM ({name} = {b}), found {name} = {a} in {neutral.path}"
+            )
 
 
 def _same_width(names: str, a: ActivationStore, b: ActivationStore, hook: str) -> None:

@@ -103,7 +103,9 @@ class DiffConfig:
             ("unit", Unit),
         ):
             if getattr(self, name) not in get_args(kind):
-                raise ShapeError(f"{name}: expected {' or '.join(get_args(kind))}, found {getattr(self, name)!r}")
+                raise ShapeError(
+                    f"{name}: expected {' or '.join(get_args(kind))}, found {getattr(self, name)!r}"
+                )
         for name in ("p_gap", "p_cos", "spatial_top"):
             if not 0 < getattr(self, name) <= 1:
                 raise ShapeError(f"{name}: expected a share in (0, 1], found {getattr(self, name)}")

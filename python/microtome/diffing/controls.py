@@ -77,7 +77,9 @@ def draw_controls(
         [[2], [2]]
     """
     if missing := [c for c in (*_KEY, match, chosen) if c not in table.columns]:
-        raise ShapeError(f"table: expected the columns layer, feature, {match}, {chosen}, found no {missing[0]}")
+        raise ShapeError(
+            f"table: expected the columns layer, feature, {match}, {chosen}, found no {missing[0]}"
+        )
     if neighbours < 1 or n_draws < 1:
         raise ShapeError(f"neighbours, n_draws: expected at least 1 each, found {neighbours} and {n_draws}")
     alive = pl.col(match) > 0
@@ -91,7 +93,9 @@ def draw_controls(
     for place in places:
         others = np.flatnonzero((layer == layer[place]) & ~flag)
         if not len(others):
-            raise ShapeError(f"table: expected features of layer {layer[place]} to draw from, found all of them chosen")
+            raise ShapeError(
+                f"table: expected features of layer {layer[place]} to draw from, found all of them chosen"
+            )
         pools.append(others[np.argsort(abs(log[others] - log[place]), kind="stable")[:neighbours]])
     rng = np.random.default_rng(seed)
     draws = np.stack([_one_each(pools, rng) for _ in range(n_draws)])
@@ -134,7 +138,12 @@ class Sums:
         self.units = np.zeros((2, self.n_clusters))
 
     def add_layer(
-        self, layer: int, acts: tuple[Activations, Activations], sae: Any, clusters: tuple[Any, Any], unit: str
+        self,
+        layer: int,
+        acts: tuple[Activations, Activations],
+        sae: Any,
+        clusters: tuple[Any, Any],
+        unit: str,
     ) -> None:
         """Count a layer: relation rows and other rows, the cluster of each row, and the layer's dictionary."""
         known = self.controls.features
@@ -181,9 +190,23 @@ def compare(sums: Sums, *, level: float, seed: int, name: str) -> tuple[pl.DataF
         p = (1 + int((controls >= values).sum())) / (1 + n_draws)
         rows.append(
             {"set": name, "statistic": statistic, "n_features": len(sums.controls.chosen)}
-            | {"chosen": float(values), "controls": float(controls.mean()), "difference": float(values - controls.mean())}
-            | {"low": float(low), "high": float(high), "excludes_zero": bool(low > 0 or high < 0), "p_value": p}
-            | {"matched_chosen": match_chosen, "matched_controls": match_drawn, "level": level, "draws": n_draws}
+            | {
+                "chosen": float(values),
+                "controls": float(controls.mean()),
+                "difference": float(values - controls.mean()),
+            }
+            | {
+                "low": float(low),
+                "high": float(high),
+                "excludes_zero": bool(low > 0 or high < 0),
+                "p_value": p,
+            }
+            | {
+                "matched_chosen": match_chosen,
+                "matched_controls": match_drawn,
+                "level": level,
+                "draws": n_draws,
+            }
             | {"images_spatial": int(seen[0]), "images_other": int(seen[1])}
         )
     low_each, high_each = np.nanquantile(gaps, ends, axis=0)
@@ -253,9 +276,7 @@ def against_controls(
         raise ShapeError(f"level: expected a number between 0 and 1, found {level}")
     if unit not in ("token", "sample"):
         raise ShapeError(f"unit: expected token or sample, found {unit!r}")
-    controls = draw_controls(
-        table, chosen, match=match, neighbours=neighbours, n_draws=n_draws, seed=seed
-    )
+    controls = draw_controls(table, chosen, match=match, neighbours=neighbours, n_draws=n_draws, seed=seed)
     layer_of = layers if callable(layers) else layers.__getitem__
     sums: Sums | None = None
     numbers: tuple[Any, Any] | None = None

@@ -76,7 +76,7 @@ def code_blocks(acts: Activations, sae: Any, samples: _Ints) -> Iterator[tuple[s
     ends = np.append(np.flatnonzero(np.diff(samples)) + 1, len(samples))
     start = 0
     while start < len(samples):
-        stop = int(ends[min(np.searchsorted(ends, start + BLOCK_ROWS), len(ends) - 1)])
+        stop = int(ends[min(int(np.searchsorted(ends, start + BLOCK_ROWS)), len(ends) - 1)])
         yield slice(start, stop), sae.encode(acts[start:stop])
         start = stop
 

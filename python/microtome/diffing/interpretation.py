@@ -43,7 +43,9 @@ class Samples:
     """The picture of a sample, by id."""
 
 
-def read_samples(store: ActivationStore, data: str | Path | None = None, tokenizer: str | None = None) -> Samples:
+def read_samples(
+    store: ActivationStore, data: str | Path | None = None, tokenizer: str | None = None
+) -> Samples:
     """Texts and pictures of a store's samples.
 
     Args:
@@ -52,8 +54,7 @@ def read_samples(store: ActivationStore, data: str | Path | None = None, tokeniz
         tokenizer: folder or hub id; the model that the store names, where that is a folder here, when None.
 
     Raises:
-        ShapeError: ``data`` names none of the store's samples.
-        OSError: a tokenizer that was asked for by name is not there.
+        ShapeError: ``data`` names none of the store's samples, or the tokenizer asked for is none.
     """
     words = _words(tokenizer or _named_model(store), required=tokenizer is not None)
     if data is None:
@@ -63,7 +64,9 @@ def read_samples(store: ActivationStore, data: str | Path | None = None, tokeniz
     items = {item.id: item for item in read_items(data)}
     known = store.samples.select("id").collect()["id"].to_list()
     if not any(id_ in items for id_ in known):
-        raise ShapeError(f"data: expected samples of {store.path} such as {known[0]!r}, found {next(iter(items))!r} in {data}")
+        raise ShapeError(
+            f"data: expected samples of {store.path} such as {known[0]!r}, found {next(iter(items))!r} in {data}"
+        )
     pictured = {id_: item.image for id_, item in items.items() if item.image is not None}
     texts = {id_: item.prompt for id_, item in items.items()} if words is None else _texts(store, words)
     return Samples(texts, words, pictured.get if pictured else None)
@@ -74,7 +77,9 @@ def gather(
 ) -> LayerEvidence:
     """Top samples, windows and activation maps of the first features in the order of interest."""
     chosen = _ordered(result.features).head(pages).select("layer", "feature")
-    top = result.top_samples.filter(pl.col("rank") <= per_dataset).join(chosen, on=["layer", "feature"], how="semi")
+    top = result.top_samples.filter(pl.col("rank") <= per_dataset).join(
+        chosen, on=["layer", "feature"], how="semi"
+    )
     hooks = dict(result.features.select("layer", "hook").unique().iter_rows())
     return {
         layer: evidence_from(
@@ -156,9 +161,11 @@ def _words(name: str | None, *, required: bool) -> Callable[[list[int]], list[st
 
     try:
         found = extra("transformers", "models").AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         if required:
-            raise
+            raise ShapeError(
+                f"tokenizer: expected a folder or hub id of a tokenizer, found {name!r}"
+            ) from error
         return None
     return lambda ids: [str(piece) for piece in found.convert_ids_to_tokens(ids)]
 
@@ -166,11 +173,15 @@ def _words(name: str | None, *, required: bool) -> Callable[[list[int]], list[st
 def _texts(store: ActivationStore, words: Callable[[list[int]], list[str]]) -> dict[Any, str]:
     """Text of every sample from its token ids, image and special tokens left out."""
     plain = (pl.col("kind").cast(pl.String) == "text") & ~pl.col("special").cast(pl.Boolean)
-    rows = store.rows.filter(plain).select("sample", "position", "token_id").collect().sort("sample", "position")
+    rows = (
+        store.rows.filter(plain).select("sample", "position", "token_id").collect().sort("sample", "position")
+    )
     ids = dict(store.samples.select("sample", "id").collect().iter_rows())
     found = {}
     for (sample,), part in rows.group_by("sample", maintain_order=True):
         pieces = words(part["token_id"].to_list())
         glued = any("▁" in p or "Ġ" in p for p in pieces)
-        found[ids[sample]] = "".join(pieces).replace("▁", " ").replace("Ġ", " ").strip() if glued else " ".join(pieces)
+        found[ids[sample]] = (
+            "".join(pieces).replace("▁", " ").replace("Ġ", " ").strip() if glued else " ".join(pieces)
+        )
     return found

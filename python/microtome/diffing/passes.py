@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from microtome.dictionary import SAE
 from microtome.diffing.config import DiffConfig
 from microtome.diffing.counting import fires_by_label, labels_of, mean_square_by_sample
 from microtome.diffing.signals import firing_shift, signals
-from microtome.dictionary import SAE
 from microtome.errors import ShapeError
 from microtome.metrics import Analysis, FeatureStats, analyse
 from microtome.store import Activations, ActivationStore
 
-__all__ = ["held_out", "layer_signals", "neutral_activity", "seen_rows"]
+__all__ = ["check_questions", "held_out", "layer_signals", "neutral_activity", "seen_rows"]
 
 _KEY = ["layer", "feature"]
 _SETS = ("other", "spatial")
@@ -26,6 +26,23 @@ _HELD_OUT = ", held out"
 def seen_rows(vlm: ActivationStore, hook: str, config: DiffConfig) -> Activations:
     """The VLM rows of a hook that stand for vision."""
     return vlm[hook] if config.vision is None else vlm[hook].where(config.vision)
+
+
+def check_questions(seen: Activations, config: DiffConfig) -> None:
+    """Refuse rows of spatial questions alone, or of others alone.
+
+    Raises:
+        ShapeError: says which kind is missing.
+    """
+    assert config.spatial is not None  # noqa: S101 - told by the caller
+    found = (
+        labels_of(seen, config.spatial.fill_null(value=False).alias("spatial"))["spatial"].unique().to_list()
+    )
+    for name, value in (("spatial", True), ("other", False)):
+        if value not in found:
+            raise ShapeError(
+                f"spatial: expected questions of both kinds, found no {name} ones by {config.spatial}"
+            )
 
 
 def held_out(vlm: ActivationStore, config: DiffConfig) -> pl.Expr:
@@ -38,7 +55,9 @@ def held_out(vlm: ActivationStore, config: DiffConfig) -> pl.Expr:
     names = images["image"].unique().sort()
     n = round(config.holdout * len(names))
     if not 0 < n < len(names):
-        raise ShapeError(f"holdout: expected images on both sides of {config.holdout}, found {len(names)} images")
+        raise ShapeError(
+            f"holdout: expected images on both sides of {config.holdout}, found {len(names)} images"
+        )
     chosen = np.random.default_rng(config.train.seed).permutation(len(names))[:n]
     samples = images.filter(pl.col("image").is_in(names.gather(chosen).to_list()))["sample"]
     return pl.col("sample").is_in(samples.to_list())
@@ -92,7 +111,9 @@ def _labels(seen: Activations, config: DiffConfig, held: pl.Expr) -> pl.Series:
     suffix = pl.when(held).then(pl.lit(_HELD_OUT)).otherwise(pl.lit(""))
     labels = labels_of(seen, pl.concat_str(name, suffix).alias("label")).to_series()
     if missing := [name for name in _SETS if name not in labels.unique().to_list()]:
-        raise ShapeError(f"spatial: expected questions of both kinds, found no {missing[0]} ones by {config.spatial}")
+        raise ShapeError(
+            f"spatial: expected questions of both kinds, found no {missing[0]} ones by {config.spatial}"
+        )
     return labels
 
 
@@ -136,7 +157,12 @@ def _top(vision: Analysis, layer: int) -> pl.DataFrame:
     dataset = pl.col("group").str.strip_suffix(_HELD_OUT).alias("dataset")
     kept = top.select(dataset, pl.col("feature").cast(pl.Int64), "sample", "position", "activation")
     order = kept.sort(
-        "dataset", "feature", "activation", "sample", descending=[False, False, True, False], maintain_order=True
+        "dataset",
+        "feature",
+        "activation",
+        "sample",
+        descending=[False, False, True, False],
+        maintain_order=True,
     )
     ranked = order.with_columns(rank=pl.int_range(1, pl.len() + 1).over("dataset", "feature"))
     most = int(top["rank"].max() or 0) if top.height else 0  # type: ignore[arg-type]

@@ -26,9 +26,28 @@ from microtome.diffing.checks import check_neutral, common_hooks, fitting_stores
 from microtome.diffing.config import REGIMES, DiffConfig
 from microtome.diffing.controls import against_controls
 from microtome.diffing.counting import check_expression
-from microtome.diffing.passes import held_out, layer_signals, neutral_activity, seen_rows
-from microtome.diffing.selection import neutral_survivors, select_adapted, select_spatial, sensitivity, summary
-from microtome.diffing.stages import Stages, check_dictionaries, cosine_quantiles, reconstruction, train_stages
+from microtome.diffing.passes import (
+    check_questions,
+    held_out,
+    layer_signals,
+    neutral_activity,
+    seen_rows,
+)
+from microtome.diffing.selection import (
+    neutral_survivors,
+    select_adapted,
+    select_spatial,
+    sensitivity,
+    summary,
+)
+from microtome.diffing.stages import (
+    Stages,
+    check_dictionaries,
+    cosine_quantiles,
+    reconstruction,
+    train_stages,
+)
+from microtome.errors import ShapeError
 from microtome.metrics import OddsRatio
 from microtome.store import ActivationStore
 
@@ -146,6 +165,11 @@ def _check(
         expression = getattr(config, name)
         if expression is not None:
             check_expression(vlm, expression, name)
+    widest = max(config.train.features(vlm[hook].width) for hook in hooks)
+    if dictionaries is None and config.train.k > widest:
+        raise ShapeError(f"k: expected at most d_sae = {widest}, found {config.train.k}")
+    if config.spatial is not None:
+        check_questions(seen_rows(vlm, hooks[0], config), config)
 
 
 def _features(

@@ -137,7 +137,9 @@ def png(image: Any) -> bytes | None:
 class _Shown:
     """One feature over one sample: positions, token ids, which are image tokens, activations, and the map."""
 
-    def __init__(self, table: pl.DataFrame, values: npt.NDArray[np.float32], grid: tuple[int, int] | None) -> None:
+    def __init__(
+        self, table: pl.DataFrame, values: npt.NDArray[np.float32], grid: tuple[int, int] | None
+    ) -> None:
         self.position = table["position"].to_numpy()
         self.ids = table["token_id"].to_numpy()
         self.special = table["special"].to_numpy()
@@ -155,7 +157,9 @@ class _Tokens:
         rows = acts.rows.with_row_index("place").collect()
         rows = rows.filter(pl.col("sample").is_in(wanted.implode())).sort("sample", "position")
         self._parts = {key[0]: part for key, part in rows.with_row_index("at").group_by("sample")}
-        self._indptr, self._indices, self._values = sae.encode(acts.take(rows["place"].to_numpy())[:]).to_csr()
+        self._indptr, self._indices, self._values = sae.encode(
+            acts.take(rows["place"].to_numpy())[:]
+        ).to_csr()
         self._facts, self._grid = acts.store.facts, grid
 
     def of(self, sample: Any, feature: int) -> _Shown:
@@ -170,14 +174,16 @@ class _Tokens:
         return _Shown(part, values, self._grid or patch_grid(self._facts, n_image))
 
 
-def _text(
-    id_: Any, texts: Mapping[Any, str] | None, pieces: list[str] | None, shown: _Shown
-) -> str:
+def _text(id_: Any, texts: Mapping[Any, str] | None, pieces: list[str] | None, shown: _Shown) -> str:
     if texts is not None and id_ in texts:
         return texts[id_]
     if pieces is None:
         return str(id_)
-    kept = [p for p, special, image in zip(pieces, shown.special, shown.image, strict=True) if not special and not image]
+    kept = [
+        p
+        for p, special, image in zip(pieces, shown.special, shown.image, strict=True)
+        if not special and not image
+    ]
     return "".join(kept).replace("▁", " ").replace("Ġ", " ").strip() if _glued(kept) else " ".join(kept)
 
 

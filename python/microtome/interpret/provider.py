@@ -68,7 +68,9 @@ class ChatProvider:
                 continue
             try:
                 return checked(text)
-            except ProviderError as error:  # the same words would get the same answer: say what was wrong with it
+            except (
+                ProviderError
+            ) as error:  # the same words would get the same answer: say what was wrong with it
                 last = str(error)
                 messages = _messages(system, user, text, last)
         raise ProviderError(
@@ -126,7 +128,7 @@ def checked(text: str) -> dict[str, object]:
 
 
 def estimate(
-    evidence: Mapping[int, Sequence[Evidence]], *, per_million_in: float = 0.15, per_million_out: float = 0.6
+    evidence: Mapping[Any, Sequence[Evidence]], *, per_million_in: float = 0.15, per_million_out: float = 0.6
 ) -> dict[str, float]:
     """What labelling will cost, before it is begun: requests, tokens (four characters each, 200 back), price.
 

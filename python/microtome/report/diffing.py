@@ -87,11 +87,17 @@ def diff_page(tables: Tables, facts: dict[str, str], pages: str = "") -> Page:
     )
     page.figure(figures["fvu"]()).table(fvu_table(tables["curves"]), "final values, over layers")
     page.figure(figures["fvu_by_layer"](), "Layer by layer.")
-    page.figure(figures["reconstruction"](), "All dictionaries on held-out VLM rows of the same kinds. Bars: mean over layers; dots: layers.")
-    page.section("Rotation", "Cosine of every decoder direction with the base dictionary's: 1 means unchanged.")
+    page.figure(
+        figures["reconstruction"](),
+        "All dictionaries on held-out VLM rows of the same kinds. Bars: mean over layers; dots: layers.",
+    )
+    page.section(
+        "Rotation", "Cosine of every decoder direction with the base dictionary's: 1 means unchanged."
+    )
     page.figure(figures["cosine_by_layer"]())
     page.section(
-        "Adapted features", "Large variance gap first, then low decoder cosine, over all layers pooled; dead features left out."
+        "Adapted features",
+        "Large variance gap first, then low decoder cosine, over all layers pooled; dead features left out.",
     )
     page.figure(figures["joint"]()).figure(figures["adapted_per_layer"]()).table(layers)
     if "spatial" in features.columns:
@@ -113,8 +119,20 @@ def _spatial_sections(
     page.table(shown, "by frequency gap", limit=25, links=links)
     if "controls" in figures:
         page.section("Against random features", _verdict(tables["controls"]))
-        columns = ["set", "tokens", "statistic", "n_features", "chosen", "controls", "difference", "low", "high"]
-        page.figure(figures["controls"]()).table(tables["controls"].select(*columns, "p_value", "images_spatial", "images_other"))
+        columns = [
+            "set",
+            "tokens",
+            "statistic",
+            "n_features",
+            "chosen",
+            "controls",
+            "difference",
+            "low",
+            "high",
+        ]
+        page.figure(figures["controls"]()).table(
+            tables["controls"].select(*columns, "p_value", "images_spatial", "images_other")
+        )
 
 
 def _verdict(controls: pl.DataFrame) -> str:
@@ -122,9 +140,15 @@ def _verdict(controls: pl.DataFrame) -> str:
     row = controls.filter(
         (pl.col("set") == "spatial") & (pl.col("tokens") == "all") & (pl.col("statistic") == "frequency")
     ).row(0, named=True)
-    holds = "excludes zero" if row["low"] > 0 else "does not exclude zero" if row["high"] >= 0 else "lies below zero"
+    holds = (
+        "excludes zero"
+        if row["low"] > 0
+        else "does not exclude zero"
+        if row["high"] >= 0
+        else "lies below zero"
+    )
     return (
-        f"On images that the features were not chosen by, the {row['n_features']} spatial features fire on {row['chosen']:.2%} of "
+        f"On images that they were not chosen by, the {row['n_features']} spatial features fire on {row['chosen']:.2%} of "
         f"the tokens of spatial questions; random features of the same layers, matched by overall frequency, on "
         f"{row['controls']:.2%}. Difference {row['difference']:+.2%}, {row['level']:.0%} interval {row['low']:+.2%} to "
         f"{row['high']:+.2%}: it {holds} (cluster bootstrap over {row['images_spatial']:,} images with and "

@@ -76,7 +76,14 @@ def reconstruction_bars(table: pl.DataFrame) -> Figure:
         for i, stage in enumerate(stages):
             values = table.filter((pl.col("stage") == stage) & (pl.col("tokens") == kind))["fvu"].to_numpy()
             at = i + (j - (len(kinds) - 1) / 2) * width
-            axes.bar(at, np.nanmean(values), width * 0.9, color=_KINDS[kind], alpha=0.55, label=f"{kind} tokens" if i == 0 else None)
+            axes.bar(
+                at,
+                np.nanmean(values),
+                width * 0.9,
+                color=_KINDS[kind],
+                alpha=0.55,
+                label=f"{kind} tokens" if i == 0 else None,
+            )
             axes.scatter(np.full(len(values), at), values, s=9, color=_KINDS[kind], lw=0, zorder=3)
     names = {"base": "base, not adapted"}
     axes.set_xticks(range(len(stages)), [names.get(s, s) for s in stages])
@@ -94,7 +101,9 @@ def cosine_by_layer(cosines: pl.DataFrame) -> Figure:
         if part.height:
             layer = part["layer"].to_numpy()
             axes.plot(layer, part["cosine"].to_numpy(), color=colour, label=regime, marker="o", ms=3.5)
-            axes.fill_between(layer, part["q10"].to_numpy(), part["q90"].to_numpy(), color=colour, alpha=0.12, lw=0)
+            axes.fill_between(
+                layer, part["q10"].to_numpy(), part["q90"].to_numpy(), color=colour, alpha=0.12, lw=0
+            )
     axes.set(xlabel="layer", ylabel="decoder cosine (band: 10 to 90 %)", ylim=(None, 1.03))
     _whole_layers(axes)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -105,12 +114,24 @@ def joint_scatter(features: pl.DataFrame) -> Figure:
     """Variance gap against decoder cosine, the adapted set highlighted (Figures 2 and 9)."""
     figure, axes = canvas(7.4, 4.0)
     living = features.filter(~pl.col("dead"))
-    groups = [("living", living, PALETTE["pool"], 5), ("adapted", living.filter("adapted"), PALETTE["image"], 9)]
+    groups = [
+        ("living", living, PALETTE["pool"], 5),
+        ("adapted", living.filter("adapted"), PALETTE["image"], 9),
+    ]
     if "spatial" in living.columns:
         groups.append(("spatial", living.filter("spatial"), _SPATIAL, 16))
     for name, part, colour, size in groups:
         x, y = part["variance_gap"].to_numpy(), part["decoder_cosine"].to_numpy()
-        axes.scatter(x, y, s=size, color=colour, lw=0, alpha=0.75, label=f"{name} ({len(x):,})", rasterized=len(x) > 5000)
+        axes.scatter(
+            x,
+            y,
+            s=size,
+            color=colour,
+            lw=0,
+            alpha=0.75,
+            label=f"{name} ({len(x):,})",
+            rasterized=len(x) > 5000,
+        )
     _symlog(axes, living["variance_gap"].to_numpy())
     axes.axvline(0, color=_GREY, lw=0.6, ls=":")
     axes.set(xlabel="variance gap (symmetric log)", ylabel="decoder cosine")
@@ -141,12 +162,17 @@ def frequency_shift(features: pl.DataFrame) -> Figure:
     """How often features fire on spatial and on other questions (Figure 3a)."""
     figure, axes = canvas(6.4)
     living = features.filter(~pl.col("dead"))
-    columns = {"frequency_base": ("other questions", _GREY), "frequency_spatial": ("spatial questions", _SPATIAL)}
+    columns = {
+        "frequency_base": ("other questions", _GREY),
+        "frequency_spatial": ("spatial questions", _SPATIAL),
+    }
     least = _least(living, list(columns))
     for column, (label, colour) in columns.items():
         values = np.maximum(living[column].to_numpy(), least)
         axes.hist(values, bins=np.geomspace(least, 1, 30), histtype="step", lw=1.6, color=colour, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="firing frequency (leftmost bin: silent)", ylabel="living features")
+    axes.set(
+        xscale="log", yscale="log", xlabel="firing frequency (leftmost bin: silent)", ylabel="living features"
+    )
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.02, 1.18), ncols=2)
     return figure
 
@@ -166,7 +192,9 @@ def survivors(features: pl.DataFrame) -> Figure:
         x, y = (np.maximum(part[c].to_numpy(), least) for c in columns)
         axes.scatter(x, y, s=size, lw=0, color=colour, alpha=0.85, label=f"{labels[name]} ({part.height})")
     axes.plot([least, 1], [least, 1], color=_GREY, lw=0.8, ls=":")
-    axes.set(xscale="log", yscale="log", xlabel="frequency, other questions", ylabel="frequency, spatial questions")
+    axes.set(
+        xscale="log", yscale="log", xlabel="frequency, other questions", ylabel="frequency, spatial questions"
+    )
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -182,7 +210,9 @@ def controls(table: pl.DataFrame) -> Figure:
             y = np.array([sets.index(s) for s in part["set"]]) + (j - 1) * 0.22
             x = part["difference"].to_numpy()
             reach = np.abs(np.stack([part["low"].to_numpy(), part["high"].to_numpy()]) - x)
-            axes.errorbar(x, y, xerr=reach, fmt="o", ms=4.5, lw=1.6, color=_KINDS[kind], label=f"{kind} tokens")
+            axes.errorbar(
+                x, y, xerr=reach, fmt="o", ms=4.5, lw=1.6, color=_KINDS[kind], label=f"{kind} tokens"
+            )
         axes.axvline(0, color=_GREY, lw=0.8, ls=":")
         axes.set_yticks(range(len(sets)), sets)
         axes.set(title=title, xlabel="chosen minus matched random", ylim=(len(sets) - 0.5, -0.5))

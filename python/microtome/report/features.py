@@ -78,9 +78,7 @@ def _card(item: Evidence) -> Card:
     else:
         caption = item.window or item.text
         note = "" if on_picture is None else "silent on the picture" if on_picture == 0 else ""
-    return Card(
-        caption, item.activation, text=caption, image_png=item.image_png, heat=item.heat, note=note
-    )
+    return Card(caption, item.activation, text=caption, image_png=item.image_png, heat=item.heat, note=note)
 
 
 def _value(value: object) -> str:

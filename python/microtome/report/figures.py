@@ -76,8 +76,10 @@ def heat_map(
     """A matrix as colours, numbers written in when it is small; NaN is grey."""
     figure, axes = canvas(width=1.8 + 0.55 * values.shape[1], height=1.2 + 0.48 * values.shape[0])
     low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
-    image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, origin="lower", aspect="auto")
-    image.cmap.set_bad("#d0d4d8")
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"].with_extremes(bad="#d0d4d8")
+    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, origin="lower", aspect="auto")
     if values.size <= 400:
         _write_numbers(axes, values, (low + high) / 2)
     x_names, y_names = ticks or (range(values.shape[1]), range(values.shape[0]))
