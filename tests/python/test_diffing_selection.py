@@ -122,6 +122,10 @@ def test_sensitivity_agrees_with_itself_at_the_reference():
     same = sweep.filter((pl.col("p_gap") == 0.2) & (pl.col("p_cos") == 0.2))
     assert same["iou_with_reference"].item() == 1.0
     assert sweep.height == 25
+    with_candidates = sensitivity(features().with_columns(spatial_candidate=pl.col("feature") % 2 == 0))
+    for row in with_candidates.iter_rows(named=True):
+        kept = select_adapted(features(), p_gap=row["p_gap"], p_cos=row["p_cos"]).filter("adapted")
+        assert row["n_spatial"] == (kept["feature"] % 2 == 0).sum()
 
 
 def test_summary_counts_each_layer():

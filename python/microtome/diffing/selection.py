@@ -150,16 +150,21 @@ def sensitivity(
     """The adapted set for every pair of thresholds, against the one for ``reference``.
 
     Returns:
-        One row per pair: p_gap, p_cos, n_adapted, and the IoU with the reference set.
+        One row per pair: p_gap, p_cos, n_adapted, the IoU with the reference set, and n_spatial where the table has
+        the column ``spatial_candidate``.
     """
     base = _adapted_keys(table, *reference)
+    candidates = None
+    if "spatial_candidate" in table.columns:
+        candidates = set(table.filter("spatial_candidate").select(_KEY).iter_rows())
     rows = []
     for p_gap in p_gaps:
         for p_cos in p_coss:
             keys = _adapted_keys(table, p_gap, p_cos)
             union = len(base | keys)
             iou = len(base & keys) / union if union else float("nan")
-            rows.append({"p_gap": p_gap, "p_cos": p_cos, "n_adapted": len(keys), "iou_with_reference": iou})
+            row = {"p_gap": p_gap, "p_cos": p_cos, "n_adapted": len(keys), "iou_with_reference": iou}
+            rows.append(row if candidates is None else row | {"n_spatial": len(keys & candidates)})
     return pl.DataFrame(rows)
 
 
