@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     import polars as pl
 
     from microtome.dictionary import SAE
-    from microtome.diffing.interpretation import LayerEvidence, Samples
-    from microtome.diffing.study import DiffResult
-    from microtome.interpret import ChatProvider, Label
     from microtome.metrics import FeatureStats
     from microtome.store import Activations, ActivationStore, StoredCodes
 
@@ -338,6 +335,7 @@ def diff(
     from microtome.dictionary import TrainConfig
     from microtome.diffing import study
     from microtome.diffing.interpretation import read_samples
+    from microtome.report.study import report_study
 
     told = study.DiffConfig(
         train=TrainConfig(d_sae=d_sae, k=k, steps=steps, batch_size=batch_size, seed=seed),
@@ -375,7 +373,8 @@ def diff(
     )
     labeller = None if label_model is None else (label_model, label_url, label_budget)
     facts = {"base": str(base), "VLM": str(vlm), "dictionaries": f"{d_sae} features, k = {k}, {steps} steps"}
-    _report_diff(result, seen, samples, out, facts, pages, labeller, progress)
+    for line in report_study(result, seen, samples, out, facts, pages, labeller, progress):
+        _say(line)
 
 
 @app.command()
@@ -490,73 +489,6 @@ def _dictionaries(folder: Path, hooks: list[str]) -> dict[str, SAE]:
             f"--dictionaries {folder}: expected folders named {', '.join(hooks)}, found none"
         )
     return found
-
-
-def _report_diff(
-    result: DiffResult,
-    vlm: ActivationStore,
-    samples: Samples,
-    out: Path,
-    facts: dict[str, str],
-    pages: int,
-    labeller: tuple[str, str | None, float] | None,
-    progress: bool,
-) -> None:
-    """Pages, labels, review sheet, figures and the report of a diffing study."""
-    import dataclasses
-
-    from microtome.diffing.interpretation import gather, label, metrics_of, with_labels
-    from microtome.interpret import write_review_sheet
-    from microtome.report.diffing import diff_page, write_figures
-    from microtome.report.features import write_index, write_pages
-
-    evidence = gather(result, vlm, samples, pages=pages) if pages else {}
-    if evidence:
-        provider = None if labeller is None else _provider(labeller, evidence)
-        labels = label(evidence, samples, provider=provider, cache=out / "labels.jsonl", progress=progress)
-        result = dataclasses.replace(result, features=with_labels(result.features, labels))
-        result.features.write_parquet(out / "tables" / "features.parquet")
-        for layer, items in evidence.items():
-            mine = [item for item in labels if item.layer == layer]
-            write_pages(mine, items, out / "features", metrics_of(result.features, layer))
-        shown = ("layer", "feature", "spatial", "survivor", "variance_gap", "decoder_cosine", "label")
-        listed = result.features.join(_keys(labels), on=["layer", "feature"], how="semi")
-        write_index(listed.select(c for c in shown if c in listed.columns), out / "features")
-        sheet = write_review_sheet(labels, out / "review.csv")
-        _say(f"{len(labels)} pages: {out / 'features' / 'index.html'}; verdicts go into {sheet}")
-    tables = result.tables()
-    write_figures(tables, out / "figures")
-    page = diff_page(tables, facts, "features" if evidence else "").write(out / "report.html")
-    _say(
-        f"{result.features.height:,} features, {result.features['adapted'].sum():,} adapted: {out / 'tables'}"
-    )
-    _say(f"figures: {out / 'figures'}")
-    _say(f"open {page.resolve()}")
-
-
-def _keys(labels: list[Label]) -> pl.DataFrame:
-    import polars as pl
-
-    keys = [(item.layer, item.feature) for item in labels]
-    return pl.DataFrame(keys, schema={"layer": pl.Int64, "feature": pl.Int64}, orient="row")
-
-
-def _provider(labeller: tuple[str, str | None, float], evidence: LayerEvidence) -> ChatProvider:
-    """The language model that labels; says what it will cost, and refuses what costs more than was allowed."""
-    from microtome.interpret import ChatProvider, estimate
-
-    model, url, budget = labeller
-    items = {(layer, f): found for layer, features in evidence.items() for f, found in features.items()}
-    cost = estimate(items)
-    _say(
-        f"labelling by {model}: {cost['requests']:.0f} requests, about {cost['tokens_in']:,.0f} tokens in, "
-        f"{cost['tokens_out']:,.0f} out, {cost['price']:.2f} USD at gpt-4o-mini's price"
-    )
-    if cost["price"] > budget:
-        raise typer.BadParameter(
-            f"--label-budget {budget}: expected at least {cost['price']:.2f} for {len(items)} features"
-        )
-    return ChatProvider(model, base_url=url)
 
 
 def _say(text: str) -> None:

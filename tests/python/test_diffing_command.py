@@ -57,7 +57,7 @@ def microtome(*words):
     """Exit code and what a user reads, as :func:`microtome.cli.main` gives them."""
     result = CliRunner().invoke(cli.app, ["diff", *map(str, words)], env={"COLUMNS": "400"})
     if isinstance(result.exception, Error | OSError | MemoryError):
-        return 2, str(result.exception)
+        return 2, result.output + str(result.exception)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.output.split())
 
