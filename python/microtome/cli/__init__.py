@@ -9,13 +9,13 @@ import sys
 
 import typer
 
-from microtome.cli import capture, compare, features, studies
+from microtome.cli import capture, circuit, compare, demo, diff, features
 from microtome.cli.app import app
 from microtome.errors import Error
 
 __all__ = ["app", "main"]
 
-VERBS = (capture, features, compare, studies)
+VERBS = (capture, features, compare, diff, circuit, demo)
 """Modules whose verbs the application has, in the order of the help."""
 
 

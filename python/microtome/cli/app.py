@@ -78,6 +78,17 @@ def open_store(path: Path) -> ActivationStore:
     return ActivationStore(path)
 
 
+def expression(name: str, text: str | None) -> pl.Expr | None:
+    """A polars expression from SQL."""
+    import polars as pl
+
+    try:
+        return None if text is None else pl.sql_expr(text)
+    except pl.exceptions.PolarsError as error:
+        found = str(error).splitlines()[0]
+        raise typer.BadParameter(f"--{name}: expected SQL over columns, found {text!r}: {found}") from error
+
+
 def write(table: pl.DataFrame, out: Path, record: Record) -> None:
     """Write a table with the record of what made it, and say where."""
     from microtome.record import write_table

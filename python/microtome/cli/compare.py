@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from microtome.cli.app import Config, Where, app, open_store, say, write
+from microtome.cli.app import Config, Where, app, expression, open_store, say, write
 
 if TYPE_CHECKING:
     from microtome.store import Activations, ActivationStore
@@ -54,9 +54,8 @@ def _selected(store: ActivationStore, hooks: str, where: str | None) -> dict[str
     """The hooks that match, each with the rows that match."""
     from fnmatch import fnmatchcase
 
-    import polars as pl
-
     names = [hook for hook in store.hooks if fnmatchcase(hook, hooks)]
     if not names:
         raise typer.BadParameter(f"--hooks {hooks!r} matches none of: {', '.join(store.hooks)}")
-    return {name: store[name] if where is None else store[name].where(pl.sql_expr(where)) for name in names}
+    wanted = expression("where", where)
+    return {name: store[name] if wanted is None else store[name].where(wanted) for name in names}
