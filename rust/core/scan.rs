@@ -9,6 +9,7 @@ pub mod encode;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
@@ -274,6 +275,8 @@ pub fn scan_into<F: Fold>(
     let blocks: Vec<_> = grid(n, block_rows).collect();
     let ahead = (AHEAD_BYTES / row_bytes(sources)).max(block_rows);
     let mut announced = 0;
+    // Fresh memory costs as much as reading into it.
+    let spare: Mutex<Vec<Vec<Buffer>>> = Mutex::default();
     for wave in blocks.chunks(threads()) {
         let soon = wave.last().map_or(n, |block| n.min(block.end + ahead));
         for source in sources {
@@ -281,13 +284,19 @@ pub fn scan_into<F: Fold>(
         }
         announced = soon;
         let partials = map_ordered(wave, context, |range| {
-            let mut buffers = spaces(sources);
+            let mut buffers = locked(&spare).pop().unwrap_or_else(|| spaces(sources));
             let rows = read_all(sources, range.clone(), &mut buffers)?;
-            update_block(fold, &rows, range.start, context)
+            let partial = update_block(fold, &rows, range.start, context)?;
+            locked(&spare).push(buffers);
+            Ok(partial)
         })?;
         partials.into_iter().try_for_each(|partial| fold.merge(total, partial))?;
     }
     Ok(())
+}
+
+fn locked<T>(stash: &Mutex<T>) -> MutexGuard<'_, T> {
+    stash.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Bytes of each row of all sources together.
