@@ -39,9 +39,10 @@ CONTEXT = 128
 RADIUS = 8
 """Tokens on either side of the peak in a window."""
 
-# The first token of a sequence takes up the attention that goes nowhere; from layer 12 on its norm is a hundred
-# times that of the others. It is always BOS here, BOS is special, and special rows enter neither loss nor counts.
-WORDS = ~pl.col("special")
+# The first token of a sequence takes up the attention that goes nowhere; from layer 12 on its norm is a hundred times
+# that of the others. It is BOS here, but 4 % of the articles have a second such token right behind it: 58 rows of
+# 148,000 that hold four fifths of the variance. So BOS and the two tokens behind it enter neither loss nor counts.
+WORDS = ~pl.col("special") & (pl.col("position") > 2)
 TRAINING, HELD_OUT = WORDS & (pl.col("split") == "train"), WORDS & (pl.col("split") == "test")
 
 
