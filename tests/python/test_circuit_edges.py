@@ -10,14 +10,17 @@ import tiny_models
 from circuit_cases import assert_same_state, pairs_of, state, tiny
 from microtome.capture.models import adapt
 from microtome.circuits import EdgeGraph, attribute_edges
-from microtome.circuits.edges import _deepstack_deltas, _input_gradients, _sources
+from microtome.circuits.edges import _input_gradients, _sources, deepstack_deltas
 from microtome.circuits.forward import logit_difference, merge_pair
 from microtome.circuits.watched import watched_attention
 from microtome.errors import ShapeError
 
 
-def split_forward(model, embeds):
-    """A Llama in which every q, k, v, MLP and the logits read their own copy of the residual stream."""
+def split_forward(model, embeds, edges=None, corrupted=()):
+    """A Llama in which every q, k, v, MLP and the logits read their own copy of the residual stream.
+
+    With ``edges`` a copy is the sum of what its sources write, in the ``corrupted`` run where there is no edge.
+    """
     config, decoder = model.config, model.get_decoder()
     heads, repeats = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
     p = embeds.shape[1]
@@ -28,7 +31,12 @@ def split_forward(model, embeds):
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
     def copy(x):
+        if edges is not None:
+            column = edges[:, len(reads)]
+            x = sum(w if column[s] else corrupted[s] for s, w in enumerate(writes))
         x = x.clone()
+        if not x.requires_grad:
+            x.requires_grad_()
         x.retain_grad()
         reads.append(x)
         return x
@@ -105,7 +113,7 @@ def test_sources_add_up_to_the_residual_stream_of_every_family(family):
     clean, corrupted = merge_pair(adapter, batch)
     with watched_attention(built.model) as watch:
         delta = _sources(adapter, corrupted, watch) - _sources(adapter, clean, watch)
-        added = sum(_deepstack_deltas(clean, corrupted)) if clean.deepstack else 0
+        added = sum(deepstack_deltas(clean, corrupted)) if clean.deepstack else 0
         torch.testing.assert_close(
             (delta.sum(0) + added), (resid[1] - resid[0]).detach(), atol=1e-4, rtol=1e-3
         )

@@ -39,6 +39,11 @@ if find_spec("torch") is not None:
     from microtome.circuits.backpatch import back_patch, back_patch_iterated
     from microtome.circuits.blocks import Blocks, attribute_blocks, overlap_intervals, split_half
     from microtome.circuits.causal import causal_test
+    from microtome.circuits.edge_faithfulness import (
+        edge_faithfulness,
+        edge_faithfulness_curve,
+        edge_faithfulness_of,
+    )
     from microtome.circuits.edges import attribute_edges
     from microtome.circuits.faithfulness import (
         Curve,
@@ -114,6 +119,9 @@ __all__ = [
     "circuit_niou",
     "compare_circuits",
     "completeness",
+    "edge_faithfulness",
+    "edge_faithfulness_curve",
+    "edge_faithfulness_of",
     "effect_of",
     "estimate",
     "exact_agreement",

@@ -5,9 +5,11 @@ For source u and destination v, position-free:
     score(u → v) = Σ_positions (z_u(p') - z_u(p)) · mean over points of ∂LD/∂(input of v)
 
 z_u is what u writes into the residual stream (a head writes z_h W_O^h), the input of v what q, k or v of one
-head, an MLP or the logits read from it, before their norm. Points are e' + (i/k)(e - e'), i = 0..k-1 for
-``eap_ig``, the clean prompt for
-``eap``. Scores are signed, mean over pairs.
+head, an MLP or the logits read from it, before their norm. Points are e' + (i/k)(e - e') for ``eap_ig``, the
+clean prompt for ``eap``, both ends for ``clean_corrupted``. Scores are signed, mean over pairs.
+
+- i = 0..k-1 as in EAP-IG's package, which leaves the clean end out; its descendants take i = 1..k, as the node
+  scores do: ``endpoint="clean"``.
 
 - Keys and values count per query head, as if repeated.
 - Where a norm follows the attention or the MLP (Gemma), a source is what passes that norm with its scale held
@@ -42,7 +44,7 @@ from microtome.circuits.watched import Watch, watched_attention
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
-__all__ = ["attribute_edges"]
+__all__ = ["Seen", "attribute_edges", "deepstack_deltas", "run"]
 
 LETTERS = ("q", "k", "v")
 
@@ -53,6 +55,7 @@ def attribute_edges(
     method: Literal["eap_ig", "eap", "clean_corrupted"] = "eap_ig",
     steps: int = 5,
     *,
+    endpoint: Literal["corrupted", "clean"] = "corrupted",
     batch_size: int = 4,
     progress: bool = True,
 ) -> EdgeGraph:
@@ -62,7 +65,9 @@ def attribute_edges(
         model: a transformers model whose MLP follows its attention; left as it was found.
         pairs: prepared pairs of equal length.
         method: see the module's text.
-        steps: points of ``"eap_ig"``.
+        steps: points k of ``"eap_ig"``.
+        endpoint: the end of the path that is among the points: ``"corrupted"`` for i = 0..k-1, ``"clean"`` for
+            i = 1..k.
         batch_size: pairs per forward.
         progress: show a bar.
 
@@ -79,15 +84,9 @@ def attribute_edges(
     from microtome.capture.models import adapt
 
     pairs = as_pair_set(pairs)
-    if method not in ("eap_ig", "eap", "clean_corrupted") or steps < 1:
-        raise ShapeError(
-            f"method: expected eap_ig, eap or clean_corrupted and steps ≥ 1, found {method!r}, {steps}"
-        )
+    points = _points(method, steps, endpoint)
     if not all(pair.is_aligned for pair in pairs):
         raise ShapeError("pairs: expected counterfactuals of equal length, found unequal ones")
-    points = {"eap": (1.0,), "clean_corrupted": (0.0, 1.0), "eap_ig": tuple(i / steps for i in range(steps))}[
-        method
-    ]
     adapter = adapt(model)
     shape = (1 + adapter.n_layers * (adapter.n_heads + 1), adapter.n_layers * (3 * adapter.n_heads + 1) + 1)
     total = torch.zeros(shape, dtype=torch.float64, device=model.device)
@@ -104,15 +103,33 @@ def attribute_edges(
             done(seen)
     graph = EdgeGraph(adapter.n_layers, adapter.n_heads, adapter.d_model, np.zeros(shape, np.float32))
     scores = (total / len(pairs)).cpu().numpy().astype(np.float32)
-    facts = {"method": method, "steps": steps, "model": type(model).__name__, "version": __version__}
+    facts = {
+        "method": method, "steps": steps, "endpoint": endpoint, "model": type(model).__name__, "version": __version__,
+    }  # fmt: skip
     return EdgeGraph(
         graph.n_layers, graph.n_heads, graph.d_model, np.where(graph.real, scores, 0), None, facts
     )
 
 
+def _points(method: str, steps: int, endpoint: str) -> tuple[float, ...]:
+    """Points of the path at which gradients are taken, 0 the counterfactual, 1 the clean prompt."""
+    if method not in ("eap_ig", "eap", "clean_corrupted"):
+        raise ShapeError(f"method: expected eap_ig, eap or clean_corrupted, found {method!r}")
+    if steps < 1:
+        raise ShapeError(f"steps: expected 1 or more, found {steps}")
+    if endpoint not in ("corrupted", "clean"):
+        raise ShapeError(f"endpoint: expected corrupted or clean, found {endpoint!r}")
+    if method == "eap":
+        return (1.0,)
+    if method == "clean_corrupted":
+        return (0.0, 1.0)
+    first = 0 if endpoint == "corrupted" else 1
+    return tuple(i / steps for i in range(first, first + steps))
+
+
 @dataclass(eq=False)
-class _Seen:
-    """Tensors of one forward, per layer."""
+class Seen:
+    """Tensors of one forward, per layer. All are kept alive, so their ids stay unique."""
 
     layer_in: dict[int, Tensor] = field(default_factory=dict)  # (b, p, d): what q, k, v read, before the norm
     attn_out: dict[int, Tensor] = field(default_factory=dict)
@@ -120,25 +137,39 @@ class _Seen:
     mlp_out: dict[int, Tensor] = field(default_factory=dict)
     z: dict[int, Tensor] = field(default_factory=dict)  # (b, p, H, d_head)
     read: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # q, k, v: (b, H, p, d_head)
-    norms: dict[int, tuple[Tensor, Tensor]] = field(
+    norms: dict[int, tuple[Tensor, Tensor, Any]] = field(
         default_factory=dict
-    )  # id of a norm's output -> input, output
+    )  # id of a norm's output -> input, output, norm
     after: dict[int, Tensor] = field(default_factory=dict)  # id of a norm's input -> its output
+    taken: dict[int, Tensor] = field(default_factory=dict)  # id of an attention or MLP -> its input
     final_in: list[Tensor] = field(default_factory=list)
 
+    def norm_before(self, module: Any) -> Any:
+        """The norm that an attention or MLP takes its input from, None where it reads the stream itself."""
+        found = self.norms.get(id(self.taken[id(module)]))
+        return None if found is None else found[2]
 
-def _run(adapter: Any, merged: Merged, watch: Watch) -> tuple[_Seen, Tensor]:
+    def norm_after(self, output: Tensor) -> Any:
+        """The norm that follows an output, None where none does."""
+        normed = self.after.get(id(output))
+        return None if normed is None else self.norms[id(normed)][2]
+
+
+def run(adapter: Any, merged: Merged, watch: Watch) -> tuple[Seen, Tensor]:
     """One forward with everything that edges need; logits at the last position."""
-    seen = _Seen()
+    seen = Seen()
 
     def read(site: str, layer: int, x: Tensor) -> Tensor:
         if site in LETTERS:
             seen.read[site, layer] = x
         return x
 
-    def norm(_module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        seen.norms[id(output)] = args[0], output  # both are kept alive, so ids stay unique
+    def norm(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.norms[id(output)] = args[0], output, module
         seen.after[id(args[0])] = output
+
+    def take(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.taken[id(module)] = args[0] if args else kwargs["hidden_states"]
 
     points = adapter.hook_points()
     with ExitStack() as stack:
@@ -151,7 +182,8 @@ def _run(adapter: Any, merged: Merged, watch: Watch) -> tuple[_Seen, Tensor]:
                 stack.callback(points[f"blocks.{i}.{name}"].observe(_keep(into, i)).remove)
             for module in layer.norms.values():
                 stack.callback(module.register_forward_hook(norm).remove)
-            stack.callback(layer.mlp.module.register_forward_pre_hook(_mlp_input(seen, i)).remove)
+            for module in (layer.attention.module, layer.mlp.module):
+                stack.callback(module.register_forward_pre_hook(take, with_kwargs=True).remove)
         final = adapter.final_norm.register_forward_pre_hook(lambda _, args: seen.final_in.append(args[0]))
         stack.callback(final.remove)
         watch(read)
@@ -159,6 +191,10 @@ def _run(adapter: Any, merged: Merged, watch: Watch) -> tuple[_Seen, Tensor]:
             logits = last_logits(adapter, merged)
         finally:
             watch(None)
+    for layer in adapter.layers:
+        taken = seen.taken[id(layer.mlp.module)]
+        before = seen.norms.get(id(taken))
+        seen.mlp_in[layer.index] = taken if before is None else before[0]
     return seen, logits
 
 
@@ -166,20 +202,10 @@ def _keep(into: dict[int, Tensor], layer: int) -> Any:
     return lambda x: into.__setitem__(layer, x)
 
 
-def _mlp_input(seen: _Seen, layer: int) -> Any:
-    """A hook that finds the residual stream behind the MLP's norm."""
-
-    def hook(_module: Any, args: tuple[Any, ...]) -> None:
-        before = seen.norms.get(id(args[0]))
-        seen.mlp_in[layer] = args[0] if before is None else before[0]
-
-    return hook
-
-
 def _sources(adapter: Any, merged: Merged, watch: Watch) -> Tensor:
     """What every source writes: ``(1 + L (H + 1), b, p, d)`` in float32."""
     with torch.no_grad():
-        seen, _ = _run(adapter, merged, watch)
+        seen, _ = run(adapter, merged, watch)
     rows = [seen.layer_in[0].float()]  # the decoder may scale what it is given
     for layer in adapter.layers:
         i = layer.index
@@ -191,7 +217,7 @@ def _sources(adapter: Any, merged: Merged, watch: Watch) -> Tensor:
     return torch.stack(rows)
 
 
-def _fixed_scale(seen: _Seen, output: Tensor) -> Tensor:
+def _fixed_scale(seen: Seen, output: Tensor) -> Tensor:
     """The factor of the norm that follows a module, at this output; 1 where none follows."""
     normed = seen.after.get(id(output))
     if normed is None:
@@ -204,7 +230,7 @@ def _batch(adapter: Any, batch: PairBatch, points: tuple[float, ...], watch: Wat
     """Sum of the edge scores of a batch, (sources, destinations)."""
     clean, corrupted = merge_pair(adapter, batch)
     delta = _sources(adapter, corrupted, watch) - _sources(adapter, clean, watch)
-    added = _deepstack_deltas(clean, corrupted)
+    added = deepstack_deltas(clean, corrupted)
     out = torch.zeros(len(delta), 0, dtype=torch.float64, device=delta.device)
     grads: list[Tensor] = []
     for point in points:
@@ -221,7 +247,8 @@ def _batch(adapter: Any, batch: PairBatch, points: tuple[float, ...], watch: Wat
     return torch.cat([out, *columns], 1)
 
 
-def _deepstack_deltas(clean: Merged, corrupted: Merged) -> list[Tensor]:
+def deepstack_deltas(clean: Merged, corrupted: Merged) -> list[Tensor]:
+    """Counterfactual less clean DeepStack features at all positions, ``(b, p, d)``, by the layer that they follow."""
     visual = clean.visual()
     if visual is None:
         return []
@@ -237,7 +264,7 @@ def _input_gradients(adapter: Any, batch: PairBatch, merged: Merged, watch: Watc
     """∂LD/∂(input of v): per layer (3 H + 1, b, p, d) in the order q, k, v, MLP; then (1, b, p, d) of the logits."""
     leaf = merged.embeds.detach().requires_grad_()
     with torch.enable_grad():
-        seen, logits = _run(adapter, merged.at(leaf, merged.deepstack), watch)
+        seen, logits = run(adapter, merged.at(leaf, merged.deepstack), watch)
         value = logit_difference(logits, batch.answers, batch.corrupted_answers).sum()
     layers = range(adapter.n_layers)
     read = [seen.read[letter, i] for i in layers for letter in LETTERS]
