@@ -3,7 +3,7 @@
     make bench                                  # all
     python benches/python/run.py encode cka     # some
 
-A ratio above 1 says how many times faster microtome is (for capture: what it costs; for the store: the share of the read
+A ratio above 1 says how many times faster microtome is (for capture and attribution: what it costs; for the store: the share of the read
 bandwidth). Both sides alternate in one process; medians, with the least and the largest ratio, then the ratios of wall
 and of processor time. Peers that are not installed are left out.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import timing
 
 HERE = Path(__file__).parent
-NAMES = ("encode", "features", "cka", "cosine", "sets", "store", "capture")
+NAMES = ("encode", "features", "cka", "cosine", "sets", "store", "capture", "training", "attribution")
 
 
 def lines_of(name: str) -> list[dict]:

@@ -66,9 +66,9 @@ def attribute(
         signed: keep signs instead of absolute values; opposite effects on different pairs then cancel.
         nodes: for ``"exact"``, the nodes to measure; the others are NaN. All when None.
         batch_size: pairs per forward; the points of a pair are batched besides.
-        memory_budget: bytes, or text such as ``"2GiB"``, for what a run holds beside the model: graph,
-            activations and scores. A smaller budget means smaller batches, layers run again, and several
-            passes over layers and positions.
+        memory_budget: bytes, or text such as ``"2GiB"``, for what a run holds beside the model and the
+            scores it returns: graph, activations and sums in progress. A smaller budget means smaller batches,
+            layers run again, and several passes over layers and positions. With ``out`` scores are on disk too.
         out: folder of a resumable run: finished parts are skipped, scores are mapped from disk.
         progress: show a bar.
 

@@ -11,6 +11,7 @@ implementation as it found them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ __all__ = [
     "logit_difference",
     "merge",
     "merge_pair",
+    "model_logits",
     "node_values",
     "on_nodes",
     "on_residuals",
@@ -153,7 +155,7 @@ def check_replay(adapter: Any, inputs: dict[str, Tensor], merged: Merged, tolera
     """
     with torch.no_grad():
         ours = last_logits(adapter, merged)
-        theirs = adapter.model(**inputs, use_cache=False).logits[:, -1].float()
+        theirs = model_logits(adapter.model, inputs)
     known = torch.isfinite(theirs)
     bound = tolerance if merged.embeds.dtype == torch.float32 else 0.05
     error = float(
@@ -164,6 +166,14 @@ def check_replay(adapter: Any, inputs: dict[str, Tensor], merged: Merged, tolera
             f"replaying the decoder: {type(adapter.model).__name__}: expected the model's own logits, found a relative "
             f"difference of {error:.2g}. The model changes hidden states between its decoder and its head"
         )
+
+
+def model_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's own logits at the last position ``(b, v)`` in float32, those of other positions never made where it can be told."""
+    takes = inspect.signature(model.forward).parameters
+    only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    last: Tensor = model(**inputs, use_cache=False, **only).logits[:, -1]
+    return last.float()
 
 
 def logit_difference(logits: Tensor, answers: Tensor, corrupted_answers: Tensor) -> Tensor:
@@ -219,13 +229,16 @@ def on_residuals(
 
 
 def node_values(
-    adapter: Any, merged: Merged, layers: Sequence[int] | None = None, positions: slice = slice(None)
+    adapter: Any, merged: Merged, layers: Sequence[int] | None = None, partner: Tensor | None = None
 ) -> dict[tuple[Kind, int], Tensor]:
-    """Values of all nodes in one forward: ``(kind, layer) -> (b, p, ...)``, shaped as :func:`on_nodes` gives them."""
+    """Values of all nodes in one forward: ``(kind, layer) -> (b, p, ...)``, shaped as :func:`on_nodes` gives them.
+
+    With ``partner`` ``(b, p')``, of those positions alone and in that order.
+    """
     values: dict[tuple[Kind, int], Tensor] = {}
 
     def keep(kind: Kind, layer: int, x: Tensor) -> None:
-        values[kind, layer] = x.detach()[:, positions].clone()
+        values[kind, layer] = x.detach().clone() if partner is None else partnered(x.detach(), partner)
 
     with torch.no_grad(), on_nodes(adapter, keep, layers):
         decode(adapter, merged)

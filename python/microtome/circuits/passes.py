@@ -18,7 +18,6 @@ from microtome.circuits.forward import (
     merge_pair,
     node_values,
     on_nodes,
-    partnered,
     require_finite,
 )
 from microtome.circuits.gradients import layer_by_layer, through_graph
@@ -54,10 +53,7 @@ def add_batch(
 ) -> None:
     """Add the scores of a batch to ``total``. Pairs whose logit difference is not finite are counted and left out."""
     clean, corrupted = merge_pair(adapter, batch)
-    values = node_values(adapter, corrupted, tile.layers)
-    partner = batch.partner[:, tile.positions]
-    reference = {site: partnered(x, partner) for site, x in values.items()}
-    del values
+    reference = node_values(adapter, corrupted, tile.layers, batch.partner[:, tile.positions])
     usable = _finite_pairs(adapter, clean, batch)
     add = _Add(batch, settings, tile, total, reference, usable)
     if settings.method == "ig_activations":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from microtome.circuits.forward import as_pair_set, left_as_found
+from microtome.circuits.forward import as_pair_set, left_as_found, model_logits
 from microtome.circuits.pairs import PairSet
 from microtome.circuits.settings import Settings
 from microtome.errors import ShapeError
@@ -244,6 +244,6 @@ def _seconds_per_forward(model: Any, pairs: PairSet, batch_size: int) -> float:
     with torch.no_grad():
         for _ in range(2):  # the first one warms up
             start = time.perf_counter()
-            float(model(**batch.clean, use_cache=False).logits[0, -1, 0])
+            float(model_logits(model, batch.clean)[0, 0])
             times.append(time.perf_counter() - start)
     return times[-1] / len(batch)

@@ -127,16 +127,16 @@ class Stream:
 
     def finish(self, number: int, tile: Tile, total: Accumulator) -> None:
         """Divide by the number of pairs and put a tile in its place."""
-        rows = slice(tile.layers.start, tile.layers.stop)
         n_slots = self._pairs.n_slots
         columns = tile.positions if tile.positions != slice(None) else slice(0, n_slots)
         for name, sums in (("heads", total.heads), ("neurons", total.neurons)):
-            mean = (
-                sums[:, columns] / total.n_pairs
-                if total.n_pairs
-                else torch.full_like(sums[:, columns], torch.nan)
-            )
-            self._arrays[name][rows, columns] = mean.cpu().numpy()
+            for layer, row in zip(tile.layers, sums, strict=True):  # layer by layer: no copy of a whole tile
+                mean = (
+                    row[columns] / total.n_pairs
+                    if total.n_pairs
+                    else torch.full_like(row[columns], torch.nan)
+                )
+                self._arrays[name][layer, columns] = mean.cpu().numpy()
             if isinstance(self._arrays[name], np.memmap):
                 self._arrays[name].flush()  # type: ignore[attr-defined]
         self._finished[number] = total.n_pairs, total.n_skipped

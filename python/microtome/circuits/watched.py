@@ -74,6 +74,6 @@ def _additive(mask: Tensor | None, scores: Tensor, is_causal: bool) -> Tensor:
         if not is_causal:
             return scores.new_zeros(())
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        return torch.where(seen, 0.0, lowest).to(scores.dtype)
+        return scores.new_zeros(seen.shape).masked_fill(~seen, lowest)
     mask = mask[..., : scores.shape[-1]]
-    return torch.where(mask, 0.0, lowest).to(scores.dtype) if mask.dtype == torch.bool else mask
+    return scores.new_zeros(mask.shape).masked_fill(~mask, lowest) if mask.dtype == torch.bool else mask
