@@ -51,7 +51,7 @@ def compare(name: str, shape: str, ours: Callable[[], Any], theirs: Callable[[],
             spent.append(CLOCK() - begin)
         ratios.append(spent[0] / spent[1])
     return {
-        "name": name, "shape": shape, "peer": f"(2 + 3 steps) plain forwards (cost)",
+        "name": name, "shape": shape, "peer": "(2 + 3 steps) plain forwards (cost)",
         "ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "bar": BAR,
     }  # fmt: skip
 
