@@ -1,5 +1,7 @@
 """Attribution: exact where theory says so, complete, the same by every way of running it, and on every family."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -198,6 +200,24 @@ def test_scores_do_not_depend_on_the_memory_budget(family, share):
     np.testing.assert_allclose(tiled.heads, whole.heads, atol=1e-7, rtol=1e-3)
     np.testing.assert_allclose(tiled.neurons, whole.neurons, atol=1e-7, rtol=1e-3)
     assert estimate(built.model, pairs, steps=3, batch_size=2, memory_budget=budget).bytes_memory <= budget
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_run_leaves_no_tensor_to_the_garbage_collector(share):
+    """A hook that held its own tensor would keep every layer's values until the next collection."""
+    built = tiny("llava")
+    pairs = pairs_of(built)
+    budget = int(share * needed(built.model, pairs))
+    mt.attribute(built.model, pairs, steps=3)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+        mt.attribute(built.model, pairs, steps=3, memory_budget=budget)
+        after = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after == before
 
 
 def test_budget_below_one_layer_at_one_position_is_refused():

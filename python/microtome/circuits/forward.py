@@ -169,7 +169,7 @@ def check_replay(adapter: Any, inputs: dict[str, Tensor], merged: Merged, tolera
 
 
 def model_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The model's own logits at the last position ``(b, v)`` in float32, those of other positions never made where it can be told."""
+    """The model's own logits at the last position ``(b, v)`` in float32; others are not made if the class allows it."""
     takes = inspect.signature(model.forward).parameters
     only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     last: Tensor = model(**inputs, use_cache=False, **only).logits[:, -1]

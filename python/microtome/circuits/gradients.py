@@ -43,7 +43,10 @@ def _listening(consume: Consume, leaves: list[Tensor], first: int) -> Callable[[
         if not leaves and layer == first:
             x = x.detach().requires_grad_()
             leaves.append(x)
-        x.register_hook(lambda grad: consume(kind, layer, x.detach(), grad))
+        values = (
+            x.detach()
+        )  # a hook that held x itself would be a cycle, and keep every layer until the next collection
+        x.register_hook(lambda grad: consume(kind, layer, values, grad))
         return x
 
     return visit
