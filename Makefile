@@ -11,7 +11,7 @@ export PYO3_PYTHON := $(abspath $(BIN)/python)
 export HF_HUB_OFFLINE := 1
 export MPLBACKEND := Agg
 
-.PHONY: help setup build wheel demo test test-rust test-python test-full lint bench bench-rust docs clean
+.PHONY: help setup build wheel demo test test-rust test-python test-full lint bench bench-rust docs sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,7 @@ test: test-rust test-python  ## all tests but the long fault tiers
 
 test-rust: $(VENV)/.ready
 	cargo test --quiet --features failpoints
+	MICROTOME_ISA=plain cargo test --quiet --features failpoints --test kernels_encode --test metrics_similarity
 
 test-python: wheel
 	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
@@ -54,6 +55,10 @@ test-full: wheel  ## the long fault tiers as well
 	cargo test --quiet --features failpoints -- --include-ignored
 	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not gpu"
+
+sanitize: $(VENV)/.ready  ## the kernels and the store under AddressSanitizer
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --quiet --target $$(rustc -vV | sed -n 's/host: //p') \
+		--target-dir $(TARGET)/asan --lib --test kernels_encode --test metrics_similarity --test store_roundtrip
 
 lint: build  ## formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --all --check

@@ -3,9 +3,9 @@
     make bench                                  # all
     python benches/python/run.py encode cka     # some
 
-A ratio above 1 says how many times faster microtome is (for capture and attribution: what it costs; for the store: the share of the read
-bandwidth). Both sides alternate in one process; medians, with the least and the largest ratio, then the ratios of wall
-and of processor time. Peers that are not installed are left out.
+A ratio above 1 says how many times faster microtome is (for capture and attribution: what it costs; for the store: the
+share of the read bandwidth). Both sides alternate in one process; medians, with the least and the largest ratio, then the
+ratios of wall and of processor time. Peers that are not installed are left out.
 """
 
 from __future__ import annotations

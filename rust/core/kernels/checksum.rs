@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn equals_the_bitwise_definition() {
-        let bytes: Vec<u8> = (0..4099_u32).map(|i| (i * i >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..4099_u32).map(|i| ((i * i) >> 3) as u8).collect();
         let mut crc = u32::MAX;
         for byte in &bytes {
             crc ^= u32::from(*byte);

@@ -81,6 +81,7 @@ fn add_products<const TOP: usize, const LEFT: usize>(a: &[[u32; ROWS]], b: &[[u3
 /// Turns sums into upper bounds, and marks those that reach the threshold of their row.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
+#[allow(clippy::needless_range_loop)] // registers of sums, lines and tile run side by side
 fn bounds(sums: &Sums, lines: &Lines, columns: &Columns, tile: &mut Tile) {
     tile.hits = [0; ROWS];
     for v in 0..COLS / LANES {

@@ -1,17 +1,16 @@
-//! The micro-kernel: 12 rows × 32 features of sums in 24 registers, written once, instantiated for bytes, 16-bit words and bf16.
+//! The micro-kernel: 12 rows × 32 features of sums in 24 registers, written once, instantiated for bytes and for bf16.
 //!
 //! Every step reads 32 words of the panel (two registers) and broadcasts 12 words of the strip; a word holds four bytes
-//! or two numbers of 16 bits along the input width. 24 dot-product instructions per 14 loads keep both vector pipes of a 512-bit core
+//! or two bf16 along the input width. 24 dot-product instructions per 14 loads keep both vector pipes of a 512-bit core
 //! busy. The epilogue turns sums into upper bounds and hit masks (see [`super::tile`]) before anything is stored.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512d, __m512i, _CMP_NLT_UQ, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_ps,
     _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps,
-    _mm512_cvtps_pd, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_dpwssd_epi32, _mm512_fmadd_pd,
-    _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_pd, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_pd,
-    _mm512_storeu_ps,
+    _mm512_cvtps_pd, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_pd, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_pd, _mm512_storeu_ps,
 };
 
 use super::dot::{Group, LANES, add_rest, pairwise};
@@ -73,13 +72,6 @@ micro_kernel!(
     bytes, "avx512f,avx512bw,avx512vnni",
     |sum, a, b| _mm512_dpbusd_epi32(sum, a, b),
     |done, offset| _mm512_cvtepi32_ps(_mm512_add_epi32(done, offset))
-);
-
-micro_kernel!(
-    /// Bounds of a tile from pairs of 16-bit words (VPDPWSSD).
-    words, "avx512f,avx512bw,avx512vnni",
-    |sum, a, b| _mm512_dpwssd_epi32(sum, a, b),
-    |done, _offset| _mm512_cvtepi32_ps(done)
 );
 
 micro_kernel!(

@@ -85,10 +85,11 @@ impl Plan {
     /// The plan on a given path.
     pub fn with_isa(isa: Isa, d: usize, certificate: Certificate, centre: Option<Vec<f32>>) -> Self {
         let widest = if certificate == Certificate::Dithered { WIDEST_BYTES } else { WIDEST_CERTAIN_BYTES };
+        let words = Isa::new(Path::Avx2).is_some();
         let screen = match isa.path() {
             Path::Avx512Vnni if d <= widest => Screen::Bytes,
             Path::Avx512Vnni if Isa::new(Path::Avx512Bf16).is_some() => Screen::BrainFloats,
-            Path::Avx512Vnni | Path::Avx2 if d <= quantize::WIDEST_WORDS => Screen::Words,
+            Path::Avx512Vnni | Path::Avx2 if words && d <= quantize::WIDEST_WORDS => Screen::Words,
             Path::Avx512Bf16 => Screen::BrainFloats,
             _ => Screen::Floats,
         };
@@ -173,8 +174,6 @@ impl Plan {
         }
     }
 
-    /// Packs a block of rows (row-major f32) into `strips`; returns the rows that no f32 screen can take.
-
     /// Bounds of the scores of strip `s` of `x` with the features of `panel`.
     pub(super) fn tile(
         &self,
@@ -201,10 +200,9 @@ impl Plan {
     #[allow(unsafe_code)]
     fn packed_tile(&self, strip: &[u32], panel: &Panel, lines: &Lines, tile: &mut Tile) {
         use super::{avx2, avx512};
-        let kernel = match (self.screen, self.isa.path()) {
-            (Screen::Bytes, _) => avx512::bytes,
-            (Screen::Words, Path::Avx512Vnni) => avx512::words,
-            (Screen::Words, _) => avx2::words,
+        let kernel = match self.screen {
+            Screen::Bytes => avx512::bytes,
+            Screen::Words => avx2::words,
             _ => avx512::brain_floats,
         };
         // SAFETY: `with_isa` chooses a screen only on a path that has the instructions of its kernel.

@@ -33,6 +33,8 @@ impl Halves {
 }
 
 impl Plan {
+    /// Packs a block of rows (row-major f32) into `strips`; returns the rows that no f32 screen can take.
+    ///
     /// With `floats` the strips serve the f32 screen, which reads the rows where they are.
     pub fn strips(&self, x: &[f32], largest_norm: f64, floats: bool, strips: &mut Strips) -> Vec<usize> {
         let floats = floats || self.screen == Screen::Floats;
