@@ -188,6 +188,27 @@ def test_where_keeps_the_order_of_the_rows_it_filters(written):
     assert np.array_equal(acts[:].numpy(), x[expected])
 
 
+def test_rows_keep_their_order_whatever_is_selected_from_them(tmp_path):
+    """A ``when`` over a lazily joined table loses the order of the join in polars 2.1."""
+    stored.write(tmp_path, steps=(6000, 4000))
+    store = mt.ActivationStore(tmp_path)
+    order = np.random.default_rng(0).permutation(store.n_rows)
+    task = pl.when(pl.col("domain") == "vqa").then(pl.lit("seen")).otherwise(pl.lit("told"))
+    kind = pl.when(pl.col("kind") == "image").then(pl.lit("seen")).otherwise(pl.lit("told"))
+    sample = store.rows.collect()["sample"].to_numpy()[order]  # samples alternate between the two domains
+    taken = store[HOOK].take(order)
+    labels = taken.rows.select(kind.alias("label")).collect()["label"].to_list()
+    assert labels == taken.rows.collect().select(kind.alias("label"))["label"].to_list()
+    seen = taken.where(task == "seen")
+    assert seen.rows.collect()["sample"].to_list() == sample[sample % 2 == 0].tolist()
+    joined = store.rows.join(store.samples, on="sample", how="left", maintain_order="left")
+    indices = np.arange(store.n_rows, dtype=np.uint32)[:, None]
+    codes = mt.SparseCodes(indices, np.ones_like(indices, np.float32), d_sae=store.n_rows)
+    fires = mt.feature_stats(codes, by=task, rows=joined)["seen"].fires
+    expected = (store.rows.collect()["sample"].to_numpy() % 2 == 0).astype(np.uint64)
+    assert np.array_equal(fires, expected)
+
+
 def test_where_reads_nothing_before_it_is_needed(tmp_path):
     stored.write(tmp_path / "run")
     store = mt.ActivationStore(tmp_path / "run")

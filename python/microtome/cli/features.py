@@ -86,9 +86,10 @@ def _stats_by_block(store: ActivationStore, codes: StoredCodes, by: str | None) 
     import polars as pl
 
     import microtome as mt
+    from microtome.store.tables import ordered_join
 
     rows = store[codes.hook].take(codes.row_numbers).rows
-    rows = rows.join(store.samples, on="sample", how="left", maintain_order="left")
+    rows = ordered_join(rows, store.samples, "sample")
     if by is not None and by not in (columns := rows.collect_schema().names()):
         raise typer.BadParameter(f"--by {by!r} is none of: {', '.join(columns)}")
     labels = None if by is None else rows.select(pl.col(by).cast(pl.String)).collect().to_series()

@@ -16,6 +16,7 @@ from microtome.errors import ShapeError
 from microtome.metrics import SampleFires, sample_fires
 from microtome.metrics.codes import CSR
 from microtome.store import Activations, ActivationStore
+from microtome.store.tables import ordered_join
 
 __all__ = [
     "by_sample",
@@ -55,12 +56,8 @@ def check_expression(store: ActivationStore, expression: pl.Expr, name: str, dty
 
 
 def labels_of(acts: Activations, *expressions: pl.Expr) -> pl.DataFrame:
-    """Expressions over row and sample columns, evaluated for each row of ``acts``, in their order.
-
-    Columns are collected first: polars 2.1 forgets the order of a join when a ``when`` is selected from it lazily.
-    """
-    roots = sorted({name for expression in expressions for name in expression.meta.root_names()})
-    return _joined(acts.rows, acts.store).select(roots or ["sample"]).collect().select(*expressions)
+    """Expressions over row and sample columns, evaluated for each row of ``acts``, in their order."""
+    return _joined(acts.rows, acts.store).select(*expressions).collect()
 
 
 def by_sample(acts: Activations) -> Activations:
@@ -169,4 +166,4 @@ def _samples(acts: Activations) -> _Ints:
 
 
 def _joined(rows: pl.LazyFrame, store: ActivationStore) -> pl.LazyFrame:
-    return rows.join(store.samples, on="sample", how="left", maintain_order="left")
+    return ordered_join(rows, store.samples, "sample")

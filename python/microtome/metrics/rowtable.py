@@ -50,7 +50,7 @@ def columns(rows: RowTable, wanted: list[pl.Expr], n: int, name: str = "rows") -
             f"{name}: expected a polars frame or a mapping of columns, found {type(rows).__name__}"
         )
     try:
-        table = rows.lazy().select(wanted).collect()
+        table = _roots(rows.lazy(), wanted).collect().select(wanted)
     except pl.exceptions.ColumnNotFoundError as error:
         present = ", ".join(rows.lazy().collect_schema().names())
         missing = str(error).splitlines()[0]
@@ -58,6 +58,16 @@ def columns(rows: RowTable, wanted: list[pl.Expr], n: int, name: str = "rows") -
     if table.height != n:
         raise ShapeError(f"{name}: expected {n} rows, one for each row of the codes, found {table.height}")
     return table
+
+
+def _roots(rows: pl.LazyFrame, wanted: list[pl.Expr]) -> pl.LazyFrame:
+    """The columns that ``wanted`` is computed from. Collected before anything is computed, since polars 2.1 forgets the
+    order of a lazy join when a ``when`` is selected from it.
+    """
+    roots = {name for expression in wanted for name in expression.meta.root_names()}
+    if not roots or any(expression.meta.has_multiple_outputs() for expression in wanted):
+        return rows
+    return rows.select(sorted(roots))
 
 
 def grouping(by: By, rows: RowTable, n: int) -> Grouping | None:

@@ -12,7 +12,7 @@ import polars as pl
 
 from microtome import _core, tensors
 from microtome.errors import DtypeError, ShapeError
-from microtome.store.tables import PLACE, ROW, row_schema, selected
+from microtome.store.tables import PLACE, ROW, ordered_join, row_schema, selected
 
 if TYPE_CHECKING:
     from microtome.store.reading import ActivationStore
@@ -68,7 +68,7 @@ class Activations:
         chosen = pl.LazyFrame({ROW: self._base.indices()}).with_columns(
             pl.int_range(pl.len(), dtype=pl.UInt64).alias(PLACE)
         )
-        return chosen.join(rows, on=ROW, how="left", maintain_order="left")
+        return ordered_join(chosen, rows, ROW)
 
     def _filtered(self) -> pl.LazyFrame:
         columns = set(row_schema(self.store._reader, self.space))
@@ -165,7 +165,7 @@ class Activations:
     def sample_ids(self) -> pl.LazyFrame:
         """``sample`` and ``id`` of each row, in their order."""
         ids = self.store.samples.select("sample", "id")
-        return self.rows.select("sample").join(ids, on="sample", how="left", maintain_order="left")
+        return ordered_join(self.rows.select("sample"), ids, "sample")
 
     def numpy(self) -> npt.NDArray[Any]:
         """All rows as one array, (n, d); bf16 is widened to float32."""

@@ -82,13 +82,27 @@ def sample_frame(reader: _core.StoreReader) -> pl.LazyFrame:
     return pl.concat(frames, how="diagonal_relaxed")
 
 
+def ordered_join(rows: pl.LazyFrame, others: pl.LazyFrame, on: str, suffix: str = "_right") -> pl.LazyFrame:
+    """``rows`` with the columns of ``others``, in the order of ``rows`` whatever is selected from it later.
+
+    polars 2.1 forgets the order of a lazy join as soon as a ``when`` is selected from it (its optimisation
+    ``check_order_observe``); an opaque step after the join keeps it.
+    """
+    joined = rows.join(others, on=on, how="left", maintain_order="left", suffix=suffix)
+    return joined.map_batches(_as_it_is, predicate_pushdown=False, slice_pushdown=False)
+
+
+def _as_it_is(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame
+
+
 def selected(
     rows: pl.LazyFrame, samples: pl.LazyFrame, predicates: tuple[pl.Expr, ...], row_columns: set[str]
 ) -> pl.LazyFrame:
     """The rows that meet all predicates, one after the other; samples are joined where one needs them."""
     named = {name for predicate in predicates for name in predicate.meta.root_names()}
     if not named <= row_columns or any(p.meta.has_multiple_outputs() for p in predicates):
-        rows = rows.join(samples, on="sample", how="left", maintain_order="left", suffix="_sample")
+        rows = ordered_join(rows, samples, "sample", "_sample")
         missing = named - set(rows.collect_schema().names())
         if missing:
             known = ", ".join(name for name in rows.collect_schema().names() if name != PLACE)
