@@ -61,8 +61,10 @@ def columns(rows: RowTable, wanted: list[pl.Expr], n: int, name: str = "rows") -
 
 
 def _roots(rows: pl.LazyFrame, wanted: list[pl.Expr]) -> pl.LazyFrame:
-    """The columns that ``wanted`` is computed from. Collected before anything is computed, since polars 2.1 forgets the
-    order of a lazy join when a ``when`` is selected from it.
+    """The columns that ``wanted`` is computed from.
+
+    They are collected before anything is computed: polars 2.1 forgets the order of a lazy join when a ``when`` is
+    selected from it.
     """
     roots = {name for expression in wanted for name in expression.meta.root_names()}
     if not roots or any(expression.meta.has_multiple_outputs() for expression in wanted):
