@@ -275,8 +275,10 @@ def _as_is(function: Any) -> Any:
 
 
 def _cached(given: Mapping[str, Any]) -> int:
-    """Columns in the cache that a forward is given."""
-    cache: Any = given.get("past_key_values")
+    """Columns in the cache that a forward is given; transformers calls it ``cache`` from 5.24 on."""
+    cache: Any = next(
+        (given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None
+    )
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
     return int(cache[0][0].shape[-2]) if cache else 0

@@ -111,7 +111,14 @@ def merge(adapter: Any, inputs: dict[str, Tensor]) -> Merged:
         with torch.no_grad():
             embeds = adapter.decoder.get_input_embeddings()(ids)
     deepstack = tuple(found.pop("deepstack_visual_embeds", None) or ())
-    settings = {"past_key_values", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+    settings = {
+        "cache",
+        "past_key_values",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+    }
     keywords = {name: value for name, value in found.items() if name not in settings and value is not None}
     return Merged(embeds.detach(), tuple(x.detach() for x in deepstack), keywords)
 
