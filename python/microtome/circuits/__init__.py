@@ -69,8 +69,9 @@ if find_spec("torch") is not None:
         outcome,
         token_group,
     )
-    from microtome.circuits.pairs import GROUPS, PairSet, PreparedPair, prepare
+    from microtome.circuits.pairs import GROUPS, PairSet, PreparedPair
     from microtome.circuits.plan import Cost, estimate
+    from microtome.circuits.preparation import prepare
     from microtome.circuits.record import pairs_fingerprint, weights_fingerprint
 
 __all__ = [

@@ -11,8 +11,9 @@ from typing import Any
 import polars as pl
 
 from microtome.capture.data import load_model
-from microtome.circuits.pairs import Align, PairSet, prepare
+from microtome.circuits.pairs import Align, PairSet
 from microtome.circuits.plan import parse_bytes
+from microtome.circuits.preparation import prepare
 from microtome.circuits.settings import Settings
 from microtome.circuits.study import FORMS, Options, run, shared_more_in_generation, tasks_of
 from microtome.errors import ShapeError
