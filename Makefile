@@ -63,8 +63,8 @@ sanitize: $(VENV)/.ready  ## the kernels and the store under AddressSanitizer
 lint: build  ## formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
-	$(BIN)/ruff format --check python tests/python benches/python
-	$(BIN)/ruff check python tests/python benches/python
+	$(BIN)/ruff format --check python tests/python benches/python examples
+	$(BIN)/ruff check python tests/python benches/python examples
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest microtome._core --allowlist .ci/stubtest-allowlist
 
