@@ -15,7 +15,7 @@ from microtome.circuits.audit import completeness, exact_agreement, patching_map
 from microtome.circuits.blocks import Blocks, attribute_blocks, overlap_intervals, split_half
 from microtome.circuits.interchange import interchange_table, random_subcircuit, swapped_circuit
 from microtome.circuits.overlap import normalised_iou
-from microtome.circuits.record import pairs_fingerprint, weights_fingerprint
+from microtome.circuits.fingerprints import pairs_fingerprint, weights_fingerprint
 from microtome.circuits.statistics import jackknife
 from microtome.errors import ShapeError
 

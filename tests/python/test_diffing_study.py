@@ -17,6 +17,7 @@ from microtome.diffing import (
 from microtome.errors import ShapeError
 from microtome.evaluation import score
 from microtome.metrics import SparseCodes
+from microtome.record import read_record
 
 D_SAE, D, N, K = 500, 32, 4000, 8
 
@@ -126,7 +127,9 @@ def test_study_runs_from_two_stores_to_one_table_and_continues(stores):
     assert random < 0.3 < result.cosines.filter(pl.col("regime") == "text")["cosine"].min()
     again = study.run(base, vlm, folder / "out", config, neutral=vlm, texts=texts, progress=False)
     assert again.features.equals(result.features)
-    assert (folder / "out" / "tables" / "features.parquet").exists()
+    made = read_record(folder / "out" / "tables" / "features.parquet")
+    assert made.inputs == {str(store.path): store.fingerprint for store in (base, vlm)}
+    assert made.parameters["p_gap"] == "0.2"
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ if find_spec("torch") is not None:
         feature_attribution,
         mean_embedding,
     )
+    from microtome.circuits.fingerprints import pairs_fingerprint, weights_fingerprint
     from microtome.circuits.interchange import Interchange, interchange
     from microtome.circuits.outcomes import (
         NO,
@@ -72,7 +73,6 @@ if find_spec("torch") is not None:
     from microtome.circuits.pairs import GROUPS, PairSet, PreparedPair
     from microtome.circuits.plan import Cost, estimate
     from microtome.circuits.preparation import prepare
-    from microtome.circuits.record import pairs_fingerprint, weights_fingerprint
 
 __all__ = [
     "GROUPS",

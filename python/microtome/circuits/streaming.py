@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 
 from microtome._core import __version__
+from microtome.circuits.fingerprints import pairs_fingerprint, weights_fingerprint
 from microtome.circuits.pairs import PairSet
 from microtome.circuits.passes import Accumulator
 from microtome.circuits.plan import Plan, Tile
-from microtome.circuits.record import pairs_fingerprint, weights_fingerprint
 from microtome.circuits.scores import NodeScores
 from microtome.circuits.settings import Settings
 from microtome.errors import StoreError

@@ -23,10 +23,10 @@ from microtome.circuits.alignment import alignment
 from microtome.circuits.blocks import Blocks, attribute_blocks
 from microtome.circuits.circuit import Circuit
 from microtome.circuits.costs import step_costs
+from microtome.circuits.fingerprints import pairs_fingerprint, weights_fingerprint
 from microtome.circuits.forward import answers_correctly
 from microtome.circuits.ledger import Ledger, file_name
 from microtome.circuits.pairs import PairSet
-from microtome.circuits.record import pairs_fingerprint, weights_fingerprint
 from microtome.circuits.scores import SIZES
 from microtome.circuits.timing import Clock
 from microtome.errors import ShapeError

@@ -49,6 +49,7 @@ from microtome.diffing.stages import (
 )
 from microtome.errors import ShapeError
 from microtome.metrics import OddsRatio
+from microtome.record import Record, write_table
 from microtome.store import ActivationStore
 
 __all__ = ["REGIMES", "DiffConfig", "DiffResult", "run"]
@@ -142,7 +143,7 @@ def run(
         top_samples=top,
         saes=saes,
     )
-    _write(result, folder / "tables")
+    _write(result, folder / "tables", _record(base, vlm, neutral, config))
     return result
 
 
@@ -288,7 +289,16 @@ def _labelled(features: pl.DataFrame, top: pl.DataFrame, texts: Mapping[Any, str
     return features.join(labels, on=_KEY, how="left", maintain_order="left")
 
 
-def _write(result: DiffResult, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _record(
+    base: ActivationStore, vlm: ActivationStore, neutral: ActivationStore | None, config: DiffConfig
+) -> Record:
+    """What the tables of a study were made from."""
+    stores = [store for store in (base, vlm, neutral) if store is not None]
+    inputs = {str(store.path): store.fingerprint for store in stores}
+    told = {field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return Record("diff", inputs, told, rows=sum(store.n_rows for store in stores))
+
+
+def _write(result: DiffResult, folder: Path, record: Record) -> None:
     for name, table in result.tables().items():
-        table.write_parquet(folder / f"{name}.parquet")
+        write_table(table, folder / f"{name}.parquet", record)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from microtome.errors import ShapeError
+from microtome.record import Record, read_record, write_table
 from microtome.report.diffing import diff_page, write_figures
 from microtome.report.features import write_index, write_pages
 
@@ -49,7 +50,7 @@ def report_study(
             provider = ChatProvider(model, base_url=url)
         labels = label(evidence, samples, provider=provider, cache=out / "labels.jsonl", progress=progress)
         result = dataclasses.replace(result, features=with_labels(result.features, labels))
-        result.features.write_parquet(out / "tables" / "features.parquet")
+        _replace(result.features, out / "tables" / "features.parquet")
         for layer, items in evidence.items():
             mine = [item for item in labels if item.layer == layer]
             write_pages(mine, items, out / "features", metrics_of(result.features, layer))
@@ -87,3 +88,8 @@ def _priced(model: str, budget: float, evidence: LayerEvidence) -> Iterator[str]
         raise ShapeError(
             f"--label-budget: expected at least {cost['price']:.4f} for {len(items)} features, found {budget}"
         )
+
+
+def _replace(table: pl.DataFrame, path: Path) -> None:
+    """Write a table in the place of another; the record of what made it stays."""
+    write_table(table, path, read_record(path) or Record("diff", {}))
