@@ -97,6 +97,7 @@ def attribute(
     with left_as_found(model):
         first = next(pairs[:1].batches(1, model.device))
         check_replay(adapter, first.clean, merge(adapter, first.clean))
+        del first  # a copy of the prompt with its picture
         if method == "exact":
             from microtome.circuits.exact import exact_scores
 

@@ -25,7 +25,10 @@ from microtome.circuits.pairs import PairBatch
 from microtome.circuits.plan import Plan, Tile
 from microtome.circuits.settings import Settings
 
-__all__ = ["Accumulator", "add_batch"]
+__all__ = ["POSITIONS_AT_ONCE", "Accumulator", "add_batch"]
+
+POSITIONS_AT_ONCE = 64
+"""Positions of one pair that are scored together: what scoring holds does not grow with the prompt."""
 
 
 @dataclass(eq=False)
@@ -86,35 +89,42 @@ class _Add:
     def consume(self, kind: Kind, layer: int, x: Tensor, grad: Tensor, points: int, is_last: bool) -> None:
         """Take values and gradients ``(points · b, p, ...)``, of which the last copy is the clean one when ``is_last``."""
         site = kind, layer
-        width = x.shape[2:]
         there = self.tile.positions
-        summed = grad.unflatten(0, (points, -1))[:, :, there].float().sum(0)  # (b, p, ...)
-        if site in self.gradients:
-            summed += self.gradients.pop(site)
+        parts = grad.unflatten(0, (points, -1))[:, :, there]  # (points, b, p, ...)
         if not is_last:
-            self.gradients[site] = summed
+            summed = parts.float().sum(0)
+            self.gradients[site] = summed.add_(self.gradients.pop(site)) if site in self.gradients else summed
             return
-        clean = x.unflatten(0, (points, -1))[-1, :, there].float()
-        product = (self.reference.pop(site).float() - clean) * summed / len(self.settings.points)
-        product = product.reshape(*product.shape[:2], *width)
-        product[~self.usable] = 0
-        require_finite(product, f"attribution: layer {layer} {kind}: gradients")
-        self.total.of(kind)[layer - self.tile.layers.start] += self._scores(kind, product)
+        earlier, reference = self.gradients.pop(site, None), self.reference.pop(site)
+        clean = x.unflatten(0, (points, -1))[-1, :, there]
+        into = self.total.of(kind)[layer - self.tile.layers.start]  # (slots, width)
+        for row in self.usable.nonzero()[:, 0].tolist():
+            slots = self.batch.slots[row, there]
+            # Positions of one slot are summed before the absolute value is taken.
+            distinct = len(slots.unique()) == len(slots)
+            sums = into if distinct else torch.zeros_like(into)
+            for start in range(0, len(slots), POSITIONS_AT_ONCE):
+                at = slice(start, start + POSITIONS_AT_ONCE)
+                slope = parts[:, row, at].float().sum(0)
+                if earlier is not None:
+                    slope += earlier[row, at]
+                product = (reference[row, at].float() - clean[row, at].float()) * slope
+                product /= len(self.settings.points)
+                require_finite(product, f"attribution: layer {layer} {kind}: gradients")
+                scores = self._reduced(kind, product)
+                sums.index_add_(
+                    0, slots[at], scores.abs() if distinct and not self.settings.signed else scores
+                )
+            if not distinct:
+                into += sums if self.settings.signed else sums.abs_()
 
-    def _scores(self, kind: Kind, product: Tensor) -> Tensor:
-        """(b, p, H, d_head) or (b, p, m) to sums over the batch (slots, width)."""
-        settings = self.settings
-        if kind == "heads":
-            product = (
-                product.abs().sum(-1)
-                if settings.head_reduce == "sum_abs" and not settings.signed
-                else product.sum(-1)
-            )
-        slots = self.batch.slots[:, self.tile.positions]
-        n_slots = self.total.of(kind).shape[1]
-        per_slot = product.new_zeros(len(product), n_slots, product.shape[-1])
-        per_slot.scatter_add_(1, slots[..., None].expand_as(product), product)
-        return (per_slot if settings.signed else per_slot.abs()).sum(0)
+    def _reduced(self, kind: Kind, product: Tensor) -> Tensor:
+        """(p, H, d_head) or (p, m) to one number per node (p, width)."""
+        if kind == "neurons":
+            return product
+        if self.settings.head_reduce == "sum_abs" and not self.settings.signed:
+            return product.abs().sum(-1)
+        return product.sum(-1)
 
 
 def _along_embeddings(

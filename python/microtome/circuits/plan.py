@@ -98,14 +98,19 @@ def plan_run(adapter: Any, pairs: PairSet, settings: Settings, batch_size: int, 
     """
     if batch_size < 1:
         raise ShapeError(f"batch_size: expected 1 or more, found {batch_size}")
-    sizes = _Sizes.of(adapter, pairs)
+    sizes = _Sizes.of(adapter, pairs, settings)
     points = len(settings.points)
     if budget is None:
         needed = sizes.peak(batch_size, points, False, points, adapter.n_layers, sizes.positions)
         return Plan((Tile(range(adapter.n_layers), slice(None)),), batch_size, points, False, needed)
     batches = [b for b in (2**i for i in range(20)) if b < batch_size] + [batch_size]
     best: tuple[tuple[float, int], Plan] | None = None
-    for b, n, recompute in itertools.product(batches, range(1, points + 1), (False, True)):
+    ways = (
+        [(points, False)]
+        if sizes.along_activations
+        else list(itertools.product(range(1, points + 1), (False, True)))
+    )
+    for b, (n, recompute) in itertools.product(batches, ways):
         fitted = _fit(sizes, b, n, recompute, points, budget, pairs)
         if fitted is None:
             continue
@@ -115,7 +120,8 @@ def plan_run(adapter: Any, pairs: PairSet, settings: Settings, batch_size: int, 
         if best is None or rank < best[0]:
             best = rank, Plan(tiles, b, n, recompute, needed)
     if best is None:
-        least = sizes.peak(1, 1, True, points, 1, 1)
+        width = 1 if pairs.align == "absolute" else sizes.positions
+        least = min(sizes.peak(1, n, recompute, points, 1, width) for n, recompute in ways)
         raise ShapeError(
             f"memory_budget: expected at least {least} bytes for one layer at one position, found {budget}"
         )
@@ -159,9 +165,13 @@ class _Sizes:
     m: int
     itemsize: int
     keeps_attention: bool
+    inputs: int
+    """Bytes of the tensors of the largest pair, both sides: a batch is a copy of its pairs'."""
+    along_activations: bool
+    """The clean nodes of a tile and a site's path are held as well."""
 
     @classmethod
-    def of(cls, adapter: Any, pairs: PairSet) -> _Sizes:
+    def of(cls, adapter: Any, pairs: PairSet, settings: Settings) -> _Sizes:
         longest = max(pair.length for pair in pairs)
         parameter = next(adapter.model.parameters())
         return cls(
@@ -174,6 +184,8 @@ class _Sizes:
             adapter.d_mlp,
             parameter.element_size(),
             adapter.attn_implementation == "eager",
+            max(_bytes_of(pair) for pair in pairs),
+            settings.method == "ig_activations",
         )
 
     def peak(self, b: int, n: int, recompute: bool, points: int, layers: int, positions: int) -> int:
@@ -181,7 +193,7 @@ class _Sizes:
 
         What autograd keeps of a layer with frozen weights, counted in tensors per token: the two norms'
         inputs and scales in float32, queries, keys, values and their rotations, the attention's output, and
-        gate, its activation, up and product.
+        gate, its activation, up and product. On the way down a layer's MLP holds three gradients of its width at once.
         """
         tokens = b * n * self.positions
         attention = 2 * self.heads * self.positions * self.itemsize if self.keeps_attention else 0
@@ -190,11 +202,25 @@ class _Sizes:
         )
         inputs = tokens * self.n_layers * self.d_model * self.itemsize
         graph = layer + inputs if recompute else layer * self.n_layers
+        mask = 5 * b * n * self.positions**2  # boolean, and the float32 that attention makes of it
+        descent = self.itemsize * tokens * (3 * self.m + 2 * self.d_model) + mask
+        widest = max(self.z, self.m)
+        scoring = 4 * (5 + n) * min(64, positions) * widest  # in blocks of 64 positions of one pair
+        given = (
+            b * self.inputs + b * (self.itemsize * (n + 3) + 8) * self.positions * self.d_model
+        )  # and embeddings along the path
         nodes = self.z + self.m
-        cached = b * layers * self.positions * nodes * self.itemsize
+        cached = b * layers * positions * nodes * self.itemsize
         between = 4 * b * layers * positions * nodes if n < points else 0
         slots = self.slots if self.slots < self.positions else positions
-        return graph + cached + between + 4 * layers * slots * (self.heads + self.m)
+        own = b * self.positions * self.itemsize * (layers * nodes + 3 * n * widest)
+        given += own if self.along_activations else 0
+        sums = 4 * layers * slots * (self.heads + self.m)
+        return graph + descent + scoring + given + cached + between + sums
+
+
+def _bytes_of(pair: Any) -> int:
+    return sum(x.nbytes for side in (pair.clean, pair.corrupted) for x in side.values())
 
 
 def estimate(
