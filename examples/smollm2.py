@@ -12,12 +12,14 @@ where it stopped, and ends with the same numbers.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import torch
 
 import microtome as mt
 from microtome.dictionary import TrainConfig, TrainResult, train_sae
-from microtome.interpret import Evidence, Label, label_offline
+from microtome.interpret import Evidence, Label, collect, label_offline, windows
 from microtome.metrics import FeatureStats, SparseCodes, sample_fires
 from microtome.metrics.samples import SampleFires
 from microtome.progress import bar
@@ -212,25 +214,10 @@ def _odds(
     ).sort("at_least", descending=True)
 
 
-def collect(top: pl.DataFrame, chosen: dict[str, Article], tokenizer: Any) -> dict[int, list[Evidence]]:
+def evidence_of(top: pl.DataFrame, chosen: dict[str, Article], tokenizer: Any) -> dict[int, list[Evidence]]:
     """The top windows of every feature, most active first; labels are made of the words around the peak."""
-    found: dict[int, list[Evidence]] = {}
-    for row in top.sort("feature", "rank").iter_rows(named=True):
-        text, window = windows(chosen[row["id"]].tokens, row["position"], tokenizer)
-        place = {"sample_id": row["id"], "position": row["position"], "activation": row["activation"]}
-        found.setdefault(row["feature"], []).append(
-            Evidence(dataset="Wikipedia", text=text, window=window, **place)
-        )
-    return found
-
-
-def windows(tokens: list[int], position: int, tokenizer: Any) -> tuple[str, str]:
-    """The words around a token: as they stand, and with the token in brackets."""
-    before, after = tokens[max(1, position - RADIUS) : position], tokens[position + 1 : position + 1 + RADIUS]
-    here = tokenizer.decode(tokens[position])
-    space = here[: len(here) - len(here.lstrip())]
-    marked = f"{tokenizer.decode(before)}{space}[{here.strip()}]{tokenizer.decode(after)}"
-    return tokenizer.decode([*before, tokens[position], *after]), " ".join(marked.split())
+    tokens = {"Wikipedia": {id_: article.tokens for id_, article in chosen.items()}}
+    return collect({"Wikipedia": top}, None, tokens=tokens, decode=_decoder(tokenizer), radius=RADIUS)
 
 
 def study(
@@ -261,7 +248,7 @@ def study(
     names = store.samples.select("sample", "id").collect()
     top = mt.top_samples(codes, rows, n=20, features=features["feature"].to_numpy()).join(names, on="sample")
     by_id = {article.id: article for article in chosen}
-    evidence = collect(top, by_id, tokenizer)
+    evidence = evidence_of(top, by_id, tokenizer)
     background = _background(by_id, rows, tokenizer, options.seed)
     labels = [label_offline(layer, f, evidence[f], background) for f in features["feature"]]
     told = pl.DataFrame(
@@ -283,7 +270,13 @@ def study(
 def _background(chosen: dict[str, Article], rows: pl.DataFrame, tokenizer: Any, seed: int) -> list[str]:
     """Windows around a thousand random tokens: what words are frequent anyway."""
     some = rows.sample(min(1000, rows.height), seed=seed)
-    return [windows(chosen[i].tokens, p, tokenizer)[0] for i, p in some.select("id", "position").iter_rows()]
+    places, decode = some.select("id", "position").iter_rows(), _decoder(tokenizer)
+    return [windows(chosen[i].tokens, p, RADIUS, decode=decode, mark=False) for i, p in places]
+
+
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids to text, without the beginning-of-sequence token."""
+    return functools.partial(tokenizer.decode, skip_special_tokens=True)
 
 
 def run(options: argparse.Namespace) -> dict[int, Result]:

@@ -1,6 +1,7 @@
 """Labels: what is counted, what a model may answer, what survives an interruption, how reviewers agree."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import polars as pl
@@ -8,6 +9,7 @@ import pytest
 
 from microtome.errors import ShapeError
 from microtome.interpret import (
+    SPATIAL_CUES,
     ChatProvider,
     Evidence,
     Label,
@@ -16,6 +18,7 @@ from microtome.interpret import (
     cue_counts,
     cues_in,
     estimate,
+    function_words,
     label_features,
     label_offline,
     ngram_lift,
@@ -82,6 +85,45 @@ def test_offline_label_names_what_stands_out():
     assert label.cue_counts == {"left": 6}
     assert label.confidence > 0.9
     assert label_offline(2, 5, evidence(6), [e.text for e in evidence(6)]).confidence == 0
+
+
+def test_lower_bound_of_lift_is_its_definition():
+    row = ngram_lift(["a b", "a b", "a c"], ["a d"] * 10, min_count=2, n=(2,)).row(0, named=True)
+    se = math.sqrt(1 / 2.5 - 1 / 4 + 1 / 0.5 - 1 / 11)
+    assert row["lift_low"] == pytest.approx(row["lift"] * math.exp(-1.96 * se))
+
+
+def label_of(texts, background):
+    return label_offline(0, 0, [Evidence("wiki", str(i), 0, 1.0, t) for i, t in enumerate(texts)], background)
+
+
+def test_words_that_hold_sentences_together_label_nothing():
+    texts = [f"it is a {word}" for word in ("river", "castle", "poem", "war")]
+    assert label_of(texts, ["born in 1950"] * 50).confidence == 0
+    named = label_of([f"{text} castle" for text in texts], ["born in 1950"] * 50)
+    assert "castle" in named.common_patterns[0]
+    assert not set(named.common_patterns) & {"is", "a", "it", "it is", "is a", "it is a"}
+
+
+def test_spatial_words_are_no_function_words():
+    assert not {word for word in function_words() if word in SPATIAL_CUES}
+    assert label_of(["on it", "over it", "over him", "over her"], ["he sings"] * 50).common_patterns == [
+        "over"
+    ]
+
+
+def test_a_word_of_two_samples_labels_nothing_and_neither_does_one_that_is_frequent_anyway():
+    texts = ["red cup", "red hat", "old dog", "tall tree"]
+    assert label_of(texts, ["x y"] * 100).confidence == 0
+    common = ["blue sea"] * 35 + ["dark night"] * 65
+    assert label_of(["blue cup", "blue hat", "blue tree", "old dog", "tall man"], common).confidence == 0
+    assert label_of(["blue cup"] * 30 + ["old dog"] * 20, common).common_patterns[:1] != []
+
+
+def test_the_surest_word_leads_not_the_rarest():
+    texts = ["castle keep"] * 9 + ["castle moat"] * 3
+    label = label_of(texts, ["castle wall"] * 2 + ["a river"] * 98)
+    assert label.common_patterns[0] == "castle"
 
 
 def test_language_model_labels_are_cached_and_resumed(tmp_path):
@@ -196,6 +238,68 @@ def test_evidence_joins_both_data_sets_and_marks_the_peak():
     assert found[7][0].window == "left [of]"
     assert found[7][1].on_image
     assert not found[7][1].window
+
+
+PIECES = [" is", " the", " c", "up", " up", "?", "\n", "caf", b"\xc3", b"\xa9", " bar"]
+
+
+def decode(ids):
+    """As a byte-level tokenizer decodes."""
+    joined = b"".join(p if isinstance(p, bytes) else p.encode() for p in (PIECES[i] for i in ids))
+    return joined.decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("position", "window"),
+    [
+        (0, "[is] the cup up?"),
+        (2, "is the [c]up up?"),
+        (3, "is the c[up] up?"),
+        (4, "is the cup [up]?"),
+        (5, "is the cup up[?]"),
+    ],
+)
+def test_window_is_the_text_as_the_tokenizer_decodes_it(position, window):
+    assert windows([0, 1, 2, 3, 4, 5], position, decode=decode) == window
+    assert windows([0, 1, 2, 3, 4, 5], position, decode=decode, mark=False) == "is the cup up?"
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_window_is_right_for_a_tokenizer_that_drops_the_first_space(position):
+    def stripped(ids):
+        return decode(ids).removeprefix(" ")
+
+    ids = [0, 1, 2, 3, 4, 5]
+    assert windows(ids, position, decode=stripped) == windows(ids, position, decode=decode)
+    assert windows(ids, 4, radius=1, decode=stripped) == "up [up]?"
+
+
+def test_a_token_that_is_part_of_a_character_has_the_whole_character_in_brackets():
+    ids = [7, 8, 9, 10]
+    assert [windows(ids, at, decode=decode) for at in range(4)] == [
+        "[caf]é bar",
+        "caf[é] bar",
+        "caf[é] bar",
+        "café [bar]",
+    ]
+    assert windows([0, 6, 1], 1, decode=decode) == "is [·] the"
+    assert windows([7, 8], 1, decode=decode) == "caf[\ufffd]"
+
+
+def test_token_ids_without_decode_are_refused():
+    with pytest.raises(ShapeError, match="decode: expected a tokenizer's decode for token ids, found None"):
+        windows([0, 1], 0)
+
+
+def test_evidence_without_texts_is_the_words_around_the_peak():
+    top = pl.DataFrame({"feature": [7], "rank": [0], "id": ["a"], "position": [3], "activation": [2.0]})
+    tokens = {"wiki": {"a": [0, 1, 2, 3, 4, 5]}}
+    [item] = collect({"wiki": top}, None, tokens=tokens, decode=decode, radius=2)[7]
+    assert (item.text, item.window) == ("the cup up?", "the c[up] up?")
+    with pytest.raises(
+        ShapeError, match="texts, tokens: expected either for sample 'a' of wiki, found neither"
+    ):
+        collect({"wiki": top}, None)
 
 
 def test_pages_are_written_for_review(tmp_path):

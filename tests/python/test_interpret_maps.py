@@ -52,7 +52,7 @@ def found(acts, **options):
     sae = mt.SAE(torch.eye(3), torch.eye(3), activation="topk", k=3)
     top = mt.top_samples(sae.encode(acts), acts.rows, n=5)
     named = top.with_columns(dataset=pl.lit("vqa"), id=pl.format("s{}", "sample"))
-    return evidence_from(acts, sae, named, words=lambda ids: [WORDS[i] for i in ids], **options)
+    return evidence_from(acts, sae, named, decode=lambda ids: " ".join(WORDS[i] for i in ids), **options)
 
 
 def test_map_is_the_feature_over_the_grid_also_when_the_peak_is_a_word(acts):

@@ -109,7 +109,7 @@ def test_feature_that_fires_on_a_word_is_labelled_by_it(smol, result, options):
         here, elsewhere = by[True].fires.astype(float), by[False].fires.astype(float)
         feature = int(np.argmax(2 * here / (here + elsewhere + by[True].n_tokens)))  # F1 of feature and token
         top = mt.top_samples(codes, rows, n=20, features=[feature]).join(names, on="sample")
-        evidence = smol.collect(top, chosen, tokenizer)[feature]
+        evidence = smol.evidence_of(top, chosen, tokenizer)[feature]
         background = smol._background(chosen, rows, tokenizer, 0)
         label = label_offline(LAYER, feature, evidence, background, cues=[word.strip()])
         in_windows = sum(word.strip().lower() in item.text.lower() for item in evidence)

@@ -15,6 +15,7 @@ import polars as pl
 from microtome.diffing.study import DiffResult
 from microtome.errors import ShapeError
 from microtome.interpret import Evidence, Label, evidence_from, label_features, label_offline
+from microtome.interpret.evidence import Decode
 from microtome.interpret.labels import Provider
 from microtome.store import ActivationStore
 
@@ -37,8 +38,8 @@ class Samples:
 
     texts: Mapping[Any, str]
     """Text of each sample, by id; empty when nobody can tell."""
-    words: Callable[[list[int]], list[str]] | None = None
-    """Token ids to pieces of text."""
+    decode: Decode | None = None
+    """Token ids to text."""
     images: Callable[[Any], Any] | None = None
     """The picture of a sample, by id."""
 
@@ -56,9 +57,9 @@ def read_samples(
     Raises:
         ShapeError: ``data`` names none of the store's samples, or the tokenizer asked for is none.
     """
-    words = _words(tokenizer or _named_model(store), required=tokenizer is not None)
+    decode = _decode(tokenizer or _named_model(store), required=tokenizer is not None)
     if data is None:
-        return Samples({} if words is None else _texts(store, words), words)
+        return Samples({} if decode is None else _texts(store, decode), decode)
     from microtome.capture.data import read_items
 
     items = {item.id: item for item in read_items(data)}
@@ -68,8 +69,8 @@ def read_samples(
             f"data: expected samples of {store.path} such as {known[0]!r}, found {next(iter(items))!r} in {data}"
         )
     pictured = {id_: item.image for id_, item in items.items() if item.image is not None}
-    texts = {id_: item.prompt for id_, item in items.items()} if words is None else _texts(store, words)
-    return Samples(texts, words, pictured.get if pictured else None)
+    texts = {id_: item.prompt for id_, item in items.items()} if decode is None else _texts(store, decode)
+    return Samples(texts, decode, pictured.get if pictured else None)
 
 
 def gather(
@@ -87,7 +88,7 @@ def gather(
             result.saes[hooks[layer]],
             top.filter(pl.col("layer") == layer),
             texts=samples.texts or None,
-            words=samples.words,
+            decode=samples.decode,
             images=samples.images,
         )
         for layer in top["layer"].unique().sort()
@@ -154,7 +155,7 @@ def _named_model(store: ActivationStore) -> str | None:
     return name if name and Path(name).is_dir() else None
 
 
-def _words(name: str | None, *, required: bool) -> Callable[[list[int]], list[str]] | None:
+def _decode(name: str | None, *, required: bool) -> Decode | None:
     if name is None:
         return None
     from microtome.tensors import extra
@@ -167,10 +168,10 @@ def _words(name: str | None, *, required: bool) -> Callable[[list[int]], list[st
                 f"tokenizer: expected a folder or hub id of a tokenizer, found {name!r}"
             ) from error
         return None
-    return lambda ids: [str(piece) for piece in found.convert_ids_to_tokens(ids)]
+    return lambda ids: str(found.decode(ids))
 
 
-def _texts(store: ActivationStore, words: Callable[[list[int]], list[str]]) -> dict[Any, str]:
+def _texts(store: ActivationStore, decode: Decode) -> dict[Any, str]:
     """Text of every sample from its token ids, image and special tokens left out."""
     plain = (pl.col("kind").cast(pl.String) == "text") & ~pl.col("special").cast(pl.Boolean)
     rows = (
@@ -179,9 +180,5 @@ def _texts(store: ActivationStore, words: Callable[[list[int]], list[str]]) -> d
     ids = dict(store.samples.select("sample", "id").collect().iter_rows())
     found = {}
     for (sample,), part in rows.group_by("sample", maintain_order=True):
-        pieces = words(part["token_id"].to_list())
-        glued = any("▁" in p or "Ġ" in p for p in pieces)
-        found[ids[sample]] = (
-            "".join(pieces).replace("▁", " ").replace("Ġ", " ").strip() if glued else " ".join(pieces)
-        )
+        found[ids[sample]] = decode(part["token_id"].to_list()).strip()
     return found

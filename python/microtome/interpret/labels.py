@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import polars as pl
+
 from microtome.errors import Error
-from microtome.interpret.cues import SPATIAL_CUES, cue_counts, ngram_lift
+from microtome.interpret.cues import SPATIAL_CUES, cue_counts, function_words, ngram_lift
 from microtome.interpret.evidence import Evidence
 from microtome.progress import bar
 
@@ -69,7 +71,9 @@ def label_offline(
     """Label a feature by counting: the cues in its samples, and the n-grams more frequent there than elsewhere.
 
     The confidence is the share of samples that contain the leading n-gram, times how far that share is above the
-    background's; 0 when nothing stands out.
+    background's; 0 when nothing stands out. An n-gram stands out when at least three samples and a quarter of them have
+    it, it is half as frequent again as elsewhere with a lower bound above 1, and one of its words is no
+    :func:`function word <microtome.interpret.function_words>`; the one of the largest lower bound leads.
 
     Args:
         layer: layer of the feature.
@@ -86,9 +90,8 @@ def label_offline(
     """
     texts = [item.text for item in evidence]
     counts = cue_counts(texts, cues)
-    lift = ngram_lift(texts, background, min_count=max(2, len(texts) // 4)) if texts and background else None
-    leading = lift.filter(lift["lift"] > 1.5).head(5) if lift is not None else None
-    if leading is None or not leading.height:
+    leading = _leading(texts, background, cues)
+    if not leading.height:
         return Label(layer, feature, "no word stands out", 0.0, [], counts, n_evidence=len(texts))
     grams = leading["ngram"].to_list()
     share, elsewhere = float(leading["share"][0]), float(leading["background_share"][0])
@@ -96,6 +99,16 @@ def label_offline(
     place = f"; peaks on the picture in {where} of {len(texts)}" if where else ""
     description = f"texts with '{grams[0]}' ({share:.0%} of its samples, {elsewhere:.0%} elsewhere){place}"
     return Label(layer, feature, description, share * (1 - elsewhere), grams, counts, n_evidence=len(texts))
+
+
+def _leading(texts: Sequence[str], background: Sequence[str], cues: Sequence[str]) -> pl.DataFrame:
+    """The n-grams that stand out, the surest first; a cue that is made of function words stays one."""
+    if not texts or not background:
+        return pl.DataFrame()
+    lift = ngram_lift(texts, background, min_count=max(3, -(-len(texts) // 4)), top=1000)
+    empty = [g not in cues and function_words().issuperset(g.split()) for g in lift["ngram"]]
+    sure = lift.filter(~pl.Series(empty, dtype=pl.Boolean), pl.col("lift") > 1.5, pl.col("lift_low") > 1)
+    return sure.sort("lift_low", "ngram", descending=[True, False]).head(5)
 
 
 def label_features(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import polars as pl
 
 from microtome.errors import ShapeError
-from microtome.interpret.evidence import Evidence, windows
+from microtome.interpret.evidence import Decode, Evidence, windows
 from microtome.store import Activations
 
 __all__ = ["evidence_from", "patch_grid", "png"]
@@ -57,7 +57,7 @@ def evidence_from(
     top: pl.DataFrame,
     *,
     texts: Mapping[Any, str] | None = None,
-    words: Callable[[list[int]], list[str]] | None = None,
+    decode: Decode | None = None,
     images: Images | None = None,
     grid: tuple[int, int] | None = None,
     radius: int = 6,
@@ -68,8 +68,8 @@ def evidence_from(
         acts: rows of the layer, of a store with row tables.
         sae: the layer's dictionary.
         top: columns dataset, feature, rank, sample, id, position, activation; of one layer.
-        texts: {sample id: text}; put together from ``words`` when None.
-        words: token ids to one piece of text each, e.g. a tokenizer's ``convert_ids_to_tokens``.
+        texts: {sample id: text}; decoded when None.
+        decode: token ids to their text, e.g. a tokenizer's ``decode``.
         images: from a sample's id to its picture.
         grid: rows and columns of patches; by :func:`patch_grid` from the store's facts when None.
         radius: tokens on either side of the peak in the window.
@@ -96,9 +96,8 @@ def evidence_from(
         shown = tokens.of(row["sample"], int(row["feature"]))
         at = int(np.searchsorted(shown.position, row["position"]))
         on_image = bool(shown.image[at])
-        pieces = words(shown.ids.tolist()) if words is not None else None
-        text = _text(row["id"], texts, pieces, shown)
-        window = _window(pieces, shown, at, radius) if pieces is not None and not on_image else ""
+        text = _text(row["id"], texts, decode, shown)
+        window = _window(decode, shown, at, radius) if decode is not None and not on_image else ""
         heat = None if shown.map is None else (shown.map / max(largest[row["feature"]], 1e-12)).tolist()
         found.setdefault(int(row["feature"]), []).append(
             Evidence(
@@ -174,26 +173,15 @@ class _Tokens:
         return _Shown(part, values, self._grid or patch_grid(self._facts, n_image))
 
 
-def _text(id_: Any, texts: Mapping[Any, str] | None, pieces: list[str] | None, shown: _Shown) -> str:
+def _text(id_: Any, texts: Mapping[Any, str] | None, decode: Decode | None, shown: _Shown) -> str:
     if texts is not None and id_ in texts:
         return texts[id_]
-    if pieces is None:
+    if decode is None:
         return str(id_)
-    kept = [
-        p
-        for p, special, image in zip(pieces, shown.special, shown.image, strict=True)
-        if not special and not image
-    ]
-    return "".join(kept).replace("▁", " ").replace("Ġ", " ").strip() if _glued(kept) else " ".join(kept)
+    return decode(shown.ids[~(shown.special.astype(bool) | shown.image)].tolist()).strip()
 
 
-def _glued(pieces: list[str]) -> bool:
-    """Whether pieces carry their own spaces, as those of byte-pair tokenizers do."""
-    return any("▁" in p or "Ġ" in p for p in pieces)
-
-
-def _window(pieces: list[str], shown: _Shown, at: int, radius: int) -> str:
+def _window(decode: Decode, shown: _Shown, at: int, radius: int) -> str:
     """The words around the peak; image tokens are passed over."""
-    kept = [i for i in range(len(pieces)) if not shown.image[i]]
-    clean = [pieces[i].replace("▁", "").replace("Ġ", "") or "·" for i in kept]
-    return windows(clean, kept.index(at), radius)
+    ids = shown.ids[~shown.image].tolist()
+    return windows(ids, at - int(shown.image[:at].sum()), radius, decode=decode)
