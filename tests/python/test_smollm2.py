@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ pytest.importorskip("transformers")
 
 import microtome as mt  # noqa: E402
 from microtome.dictionary import train_sae  # noqa: E402
-from microtome.interpret import label_offline  # noqa: E402
+from microtome.interpret import function_words, label_offline  # noqa: E402
 
 LAYER, HOOK = 15, "blocks.15.hook_resid_post"
 SIZE = ["--tokens", "20000", "--d-sae", "2048", "--steps", "500", "--batch-size", "512", "--per-topic", "1"]
@@ -94,29 +95,35 @@ def test_rust_codes_of_real_activations_are_those_of_torch(smol, result):
     np.testing.assert_allclose(found[both], wanted[both], rtol=1e-2, atol=1e-3)
 
 
-def test_feature_that_fires_on_a_word_is_labelled_by_it(smol, result, options):
-    """Chosen by firing on a token, never by its text; then the words around its peaks must tell the token."""
+def peaks_on_one_word(top: pl.DataFrame, tokenizer) -> dict[int, tuple[int, str]]:
+    """Features with at least three quarters of their top samples' peaks on one whole word that says something."""
+    tokens = top.group_by("feature").agg(token=pl.col("token_id").mode().first(), n=pl.len())
+    on_it = top.join(tokens, on="feature").filter(pl.col("token_id") == pl.col("token"))
+    shares = on_it.group_by("feature", "token", "n").agg(hits=pl.len())
+    sure = shares.filter((pl.col("n") == 20) & (pl.col("hits") >= 15)).sort("feature")
+    words = {f: (t, tokenizer.decode([t])) for f, t in sure.select("feature", "token").iter_rows()}
+    said = {f: (t, w) for f, (t, w) in words.items() if re.fullmatch(r" [A-Za-z]{4,}", w)}
+    return {f: (t, w.strip()) for f, (t, w) in said.items() if w.strip().lower() not in function_words()}
+
+
+def test_feature_that_peaks_on_a_word_is_labelled_by_it(smol, result, options):
+    """Chosen by the tokens of its peaks, never by their text; then the words around the peaks must tell the token."""
     _, tokenizer = smol.load_model()
     chosen = {a.id: a for a in smol.articles(tokenizer, options.tokens, options.seed)}
     acts = result.acts.where(smol.WORDS)
     names = result.acts.store.samples.select("sample", "id").collect()
     rows = acts.rows.collect().join(names, on="sample", how="left", maintain_order="left")
-    codes, right = result.trained.sae.encode(acts), 0
-    words = (" century", " species", " genus", " film", " American", " born", " largest", " population")
-    for word in words:
-        (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
-        by = mt.feature_stats(codes, by=rows["token_id"] == token)
-        here, elsewhere = by[True].fires.astype(float), by[False].fires.astype(float)
-        feature = int(np.argmax(2 * here / (here + elsewhere + by[True].n_tokens)))  # F1 of feature and token
-        top = mt.top_samples(codes, rows, n=20, features=[feature]).join(names, on="sample")
-        evidence = smol.evidence_of(top, chosen, tokenizer)[feature]
-        background = smol._background(chosen, rows, tokenizer, 0)
-        label = label_offline(LAYER, feature, evidence, background, cues=[word.strip()])
-        in_windows = sum(word.strip().lower() in item.text.lower() for item in evidence)
-        right += (
-            word.strip().lower() in " ".join(label.common_patterns).lower() and in_windows > len(evidence) / 2
-        )
-    assert right >= len(words) * 3 / 4
+    top = mt.top_samples(result.trained.sae.encode(acts), rows, n=20).join(names, on="sample")
+    top = top.join(rows.select("sample", "position", "token_id"), on=["sample", "position"])
+    features = peaks_on_one_word(top, tokenizer)
+    assert len(features) >= 5
+    evidence = smol.evidence_of(top.filter(pl.col("feature").is_in(list(features))), chosen, tokenizer)
+    background = smol._background(chosen, rows, tokenizer, options.seed)
+    for feature, (token, word) in features.items():
+        marked = sum(f"[{word}]" in item.window for item in evidence[feature])
+        assert marked >= top.filter((pl.col("feature") == feature) & (pl.col("token_id") == token)).height
+        label = label_offline(LAYER, feature, evidence[feature], background)
+        assert word.lower() in " ".join(label.common_patterns), (word, label)
 
 
 def test_features_of_a_topic_are_commoner_there_and_every_one_has_its_page(result, options):
