@@ -132,28 +132,38 @@ def test_study_runs_from_two_stores_to_one_table_and_continues(stores):
     assert made.parameters["p_gap"] == "0.2"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_spatial_features_of_the_trained_pair_keep_their_gap_over_random_ones_on_unseen_images(tmp_path):
-    """The claim of section 6 on the shipped pair, as a gap to other questions.
-
-    For the frequency itself seven features and 31 images with a relation question are too few; docs/diffing.md has it
-    at a larger size.
-    """
+def trained_pair(folder, n):
+    """Stores of the shipped pair, ``n`` questions a task: in words for the language model, in pictures for the VLM."""
     for which, form in (("base_lm", "textual"), ("vlm", "visual")):
         model, processor = organism.load_model(which), organism.load_processor()
-        items = [item for task in organism.TASKS for item in organism.questions(task, form, 60)]
-        with mt.capture(
-            model, tmp_path / which, ["blocks.*.hook_resid_post"], processor=processor
-        ) as recorder:
+        items = [item for task in organism.TASKS for item in organism.questions(task, form, n)]
+        with mt.capture(model, folder / which, ["blocks.*.hook_resid_post"], processor=processor) as recorder:
             score(model, processor, items, recorder=recorder, progress=False)
-    base, vlm = mt.ActivationStore(tmp_path / "base_lm"), mt.ActivationStore(tmp_path / "vlm")
-    told = TrainConfig(d_sae=256, k=8, steps=150, batch_size=1024)
-    config = study.DiffConfig(train=told, spatial=pl.col("task") == "spatial")
-    result = study.run(base, vlm, tmp_path / "out", config, progress=False)
+    return mt.ActivationStore(folder / "base_lm"), mt.ActivationStore(folder / "vlm")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_spatial_features_of_the_trained_pair_beat_matched_random_ones_on_unseen_images(tmp_path):
+    """The claim of section 6 on the shipped pair; reported as it is found, in docs/diffing.md, at a larger size.
+
+    With 60 questions a task and 256 features there are seven spatial features, too few to tell for the frequency.
+    """
+    told = TrainConfig(d_sae=512, k=8, steps=300, batch_size=1024)
+    config = study.DiffConfig(train=told, regimes=("text",), spatial=pl.col("task") == "spatial")
+    result = study.run(*trained_pair(tmp_path, 150), tmp_path / "out", config, progress=False)
     assert result.features["adapted"].sum() == pytest.approx(0.04 * (~result.features["dead"]).sum(), abs=3)
     table = result.controls.filter((pl.col("set") == "spatial") & (pl.col("tokens") == "all"))
+    assert table.filter(pl.col("statistic") == "frequency")["low"].item() > 0
     assert table.filter(pl.col("statistic") == "gap")["low"].item() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_regimes_of_the_trained_pair_start_in_the_order_text_full_image(tmp_path):
+    told = TrainConfig(d_sae=256, k=8, steps=150, batch_size=1024)
+    config = study.DiffConfig(train=told, spatial=pl.col("task") == "spatial")
+    result = study.run(*trained_pair(tmp_path, 60), tmp_path / "out", config, progress=False)
     curves = result.curves.filter(pl.col("tokens") == result.curves["tokens"].min())
     first = dict(curves.group_by("regime").agg(pl.col("fvu").mean()).iter_rows())
     assert first["text"] < first["full"] < first["image"], "text-only starts lowest"
