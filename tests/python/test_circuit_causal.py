@@ -337,7 +337,7 @@ def test_guide_example_of_the_causal_test_finds_what_the_guide_says(tmp_path, mo
     """Paper 004, section 9, on the organism: the guide's example, run as it stands, of one dictionary.
 
     Projecting out the eight features that spatial questions recruit costs accuracy on spatial questions and none on
-    another yes/no task, but not more than many a control set does. With two of three other seeds of the dictionary it costs nothing.
+    another yes/no task, but not more than many a control set does. Dictionaries of two of three other seeds show no cost.
     """
     monkeypatch.chdir(tmp_path)
     tables = []
