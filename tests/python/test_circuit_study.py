@@ -266,7 +266,8 @@ def test_files_that_hold_no_pair_are_one_line_and_exit_code_2(row, message, tmp_
 
 @pytest.mark.parametrize("name", [
     "ablation", "alignment", "audit", "backpatch", "blocks", "causal", "circuit", "command", "faithfulness",
-    "fingerprints", "interchange", "ledger", "outcomes", "overlap", "positions", "preparation", "repair", "scores", "statistics", "timing",
+    "fingerprints", "interchange", "ledger", "outcomes", "overlap", "positions", "preparation", "repair", "scores",
+    "statistics", "timing",
 ])  # fmt: skip
 def test_examples_in_docstrings_say_what_is_printed(name):
     import doctest
