@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 import microtome as mt  # noqa: E402
 from microtome import _core  # noqa: E402
 from microtome.dictionary import TrainConfig, train_layers, train_sae  # noqa: E402
-from microtome.dictionary.train import checkpoint  # noqa: E402
+from microtome.dictionary.train import checkpoint, layers  # noqa: E402
 from microtome.dictionary.train.data import BatchReader, RowSource, Shuffle  # noqa: E402
 from microtome.dictionary.train.sparse import topk_autoencode  # noqa: E402
 from microtome.dictionary.train.start import geometric_median  # noqa: E402
@@ -409,6 +409,31 @@ def test_layers_are_trained_named_saved_and_not_trained_twice(tmp_path):
         assert mt.SAE.load_from_disk(tmp_path / hook).recipe.hook_name == hook
     with pytest.raises(ShapeError, match=r"found blocks.7"):
         train_layers(acts, config(steps=20), hooks=["blocks.7.hook_resid_post"])
+
+
+@pytest.mark.parametrize(("runs", "at_once"), [(0.5, 1), (1.0, 1), (2.5, 2), (99, 3)])
+def test_a_memory_budget_says_how_many_layers_are_trained_at_once(monkeypatch, runs, at_once):
+    x, _ = planted(400)
+    acts, real, active, most = {f"blocks.{i}": x for i in range(4)}, layers.train_sae, [], []
+
+    def watched(*args, **options):
+        active.append(1)
+        most.append(len(active))
+        time.sleep(0.05)
+        result = real(*args, **options)
+        active.pop()
+        return result
+
+    monkeypatch.setattr(layers, "train_sae", watched)
+    told = config(steps=2)
+    budget = int(runs * layers.run_bytes(told, x.shape[1]))
+    train_layers(acts, told, parallel=3, memory_budget=budget, progress=False)
+    assert max(most) == at_once
+
+
+def test_no_run_at_a_time_is_refused():
+    with pytest.raises(ShapeError, match="parallel: expected at least 1, found 0"):
+        train_layers({"blocks.0": planted(100)[0]}, config(), parallel=0)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------

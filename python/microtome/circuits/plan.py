@@ -7,31 +7,19 @@ so a plan takes the fewest, and for equal numbers the cheapest and then the larg
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from microtome.budget import parse_bytes
 from microtome.circuits.forward import as_pair_set, left_as_found, model_logits
 from microtome.circuits.pairs import PairSet
 from microtome.circuits.settings import Settings
 from microtome.errors import ShapeError
 
 __all__ = ["Cost", "Plan", "Tile", "estimate", "parse_bytes", "plan_run"]
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-}
 
 
 @dataclass(frozen=True)
@@ -70,24 +58,6 @@ class Cost:
     recompute: bool
     seconds: float
     """From one timed forward, a backward counted as two."""
-
-
-def parse_bytes(budget: int | str | None) -> int | None:
-    """``"2GiB"``, ``"500 MB"`` or a number as bytes.
-
-    Raises:
-        ShapeError: the text is not a size, or not positive.
-    """
-    if budget is None:
-        return None
-    if isinstance(budget, str):
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?B?)\s*", budget.upper())
-        if not found or found[2] not in _UNITS:
-            raise ShapeError(f"memory_budget: expected bytes or text such as '2GiB', found {budget!r}")
-        budget = int(float(found[1]) * _UNITS[found[2]])
-    if budget <= 0:
-        raise ShapeError(f"memory_budget: expected more than 0 bytes, found {budget}")
-    return budget
 
 
 def plan_run(adapter: Any, pairs: PairSet, settings: Settings, batch_size: int, budget: int | None) -> Plan:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import polars as pl
 
+from microtome.budget import parse_bytes
 from microtome.dictionary.train.config import TrainConfig
 from microtome.dictionary.train.run import TrainResult, train_sae
 from microtome.errors import ShapeError
@@ -18,7 +19,7 @@ from microtome.errors import ShapeError
 if TYPE_CHECKING:
     from microtome.dictionary.sae import SAE
 
-__all__ = ["LayersResult", "train_layers"]
+__all__ = ["LayersResult", "run_bytes", "train_layers"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def train_layers(
     lr: Mapping[str, float] | Callable[[str], float] | None = None,
     out: str | Path | None = None,
     parallel: int = 1,
+    memory_budget: int | str | None = None,
     progress: bool = True,
 ) -> LayersResult:
     """Train one dictionary per hook.
@@ -61,12 +63,13 @@ def train_layers(
             nothing.
         out: folder for checkpoints and dictionaries, one folder per hook. Hooks that are done there are not
             trained again.
-        parallel: runs at a time. Each holds its weights three times over (``24 d_in d_sae`` bytes) and a few
-            batches.
+        parallel: most runs at a time.
+        memory_budget: bytes, or text such as ``"8GiB"``: as many runs at a time as it holds by :func:`run_bytes`,
+            ``parallel`` at the most and one at the least.
         progress: draw bars on a terminal.
 
     Raises:
-        ShapeError: a hook that is not there.
+        ShapeError: a hook that is not there, or no run at a time.
 
     Example:
         >>> train_layers(store, TrainConfig(k=32, steps=5000), out="saes").curves    # doctest: +SKIP
@@ -76,6 +79,12 @@ def train_layers(
     missing = [hook for hook in [*chosen, *(base or {})] if hook not in known]
     if missing:
         raise ShapeError(f"hooks: expected some of {', '.join(known)}, found {', '.join(missing)}")
+
+    if parallel < 1:
+        raise ShapeError(f"parallel: expected at least 1, found {parallel}")
+    if (budget := parse_bytes(memory_budget)) is not None:
+        largest = max(run_bytes(config, acts[hook].shape[1]) for hook in chosen)
+        parallel = max(1, min(parallel, budget // largest))
 
     def train(hook: str) -> TrainResult:
         rate = lr(hook) if callable(lr) else (lr or {}).get(hook)
@@ -97,6 +106,17 @@ def train_layers(
         return LayersResult({hook: train(hook) for hook in chosen})
     with ThreadPoolExecutor(parallel, thread_name_prefix="microtome-train") as pool:
         return LayersResult(dict(zip(chosen, pool.map(train, chosen), strict=True)))
+
+
+def run_bytes(config: TrainConfig, d_in: int) -> int:
+    """What one run holds, in bytes: weights, gradients and two moments in float32, and three batches of rows and codes.
+
+    Example:
+        >>> run_bytes(TrainConfig(d_sae=1024, batch_size=256), 128)
+        7733248
+    """
+    d_sae = config.features(d_in)
+    return 32 * d_in * d_sae + 12 * config.batch_size * (d_in + d_sae)
 
 
 def _renamed(result: TrainResult, sae: SAE, hook: str) -> TrainResult:
