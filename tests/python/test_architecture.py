@@ -126,8 +126,11 @@ def code_of(path: Path) -> str:
 
 
 def test_only_the_scan_starts_threads():
-    users = [p for p in rust("core") if re.search(r"rayon|par_iter|thread::spawn", code_of(p))]
-    assert {p.name for p in users} <= {"scan.rs"}, users
+    users = [p for p in rust("core") if re.search(r"rayon|par_iter|thread::(spawn|scope)", code_of(p))]
+    assert {p.relative_to(ROOT / "rust" / "core").as_posix() for p in users} <= {
+        "scan.rs",
+        "scan/ahead.rs",
+    }, users
 
 
 def test_only_fs_touches_files():

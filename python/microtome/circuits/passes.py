@@ -22,13 +22,10 @@ from microtome.circuits.forward import (
 )
 from microtome.circuits.gradients import layer_by_layer, through_graph
 from microtome.circuits.pairs import PairBatch
-from microtome.circuits.plan import Plan, Tile
+from microtome.circuits.plan import POSITIONS_AT_ONCE, Plan, Tile
 from microtome.circuits.settings import Settings
 
-__all__ = ["POSITIONS_AT_ONCE", "Accumulator", "add_batch"]
-
-POSITIONS_AT_ONCE = 64
-"""Positions of one pair that are scored together: what scoring holds does not grow with the prompt."""
+__all__ = ["Accumulator", "add_batch"]
 
 
 @dataclass(eq=False)

@@ -19,7 +19,10 @@ from microtome.circuits.pairs import PairSet
 from microtome.circuits.settings import Settings
 from microtome.errors import ShapeError
 
-__all__ = ["Cost", "Plan", "Tile", "estimate", "parse_bytes", "plan_run"]
+__all__ = ["POSITIONS_AT_ONCE", "Cost", "Plan", "Tile", "estimate", "parse_bytes", "plan_run"]
+
+POSITIONS_AT_ONCE = 64
+"""Positions of one pair that are scored together: what scoring holds does not grow with the prompt."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class _Sizes:
         mask = 5 * b * n * self.positions**2  # boolean, and the float32 that attention makes of it
         descent = self.itemsize * tokens * (3 * self.m + 2 * self.d_model) + mask
         widest = max(self.z, self.m)
-        scoring = 4 * (5 + n) * min(64, positions) * widest  # in blocks of 64 positions of one pair
+        scoring = 4 * (5 + n) * min(POSITIONS_AT_ONCE, positions) * widest
         given = (
             b * self.inputs + b * (self.itemsize * (n + 3) + 8) * self.positions * self.d_model
         )  # and embeddings along the path
