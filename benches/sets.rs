@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use microtome_core::metrics::circuit::chance::{Stratum, chance};
-use microtome_core::metrics::circuit::{intersection_and_union, top_n};
+use microtome_core::metrics::circuit::intersection_and_union;
+use microtome_core::metrics::circuit::top::top_n;
 use microtome_core::scan::Context;
 
 fn hash(i: u64) -> u64 {

@@ -6,7 +6,8 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use microtome_core::metrics::circuit::chance::{Stratum, chance, inclusion_rate, iou};
-use microtome_core::metrics::circuit::{from_nodes, intersection_and_union, size, to_nodes, top_n};
+use microtome_core::metrics::circuit::top::top_n;
+use microtome_core::metrics::circuit::{from_nodes, intersection_and_union, size, to_nodes};
 use microtome_core::scan::Context;
 use proptest::prelude::*;
 

@@ -163,6 +163,21 @@ pub fn fill_pieces<T: Send>(
     })
 }
 
+/// Runs `work` on consecutive parts of `out` of the given lengths, in parallel; the part's number comes first.
+pub fn fill_parts<T: Send>(
+    out: &mut [T],
+    lengths: &[usize],
+    context: &Context<'_>,
+    work: impl Fn(usize, &mut [T]) -> Result<()> + Sync,
+) -> Result<()> {
+    let mut rest = out;
+    let parts: Vec<&mut [T]> = lengths.iter().filter_map(|&len| rest.split_off_mut(..len)).collect();
+    parts.into_par_iter().enumerate().try_for_each(|(i, part)| {
+        context.check()?;
+        work(i, part)
+    })
+}
+
 /// As [`fill_pieces`], and what `work` returns comes back in the order of the pieces.
 pub fn map_pieces<T: Send, R: Send>(
     out: &mut [T],

@@ -60,7 +60,7 @@ fn top_n<'py>(
     n: usize,
 ) -> PyResult<Bound<'py, PyArray1<i64>>> {
     let scores = slice(&scores, "scores")?;
-    let nodes = run(py, Task::named("top_n"), |context| circuit::top_n(scores, n, context))?;
+    let nodes = run(py, Task::named("top_n"), |context| circuit::top::top_n(scores, n, context))?;
     Ok(PyArray1::from_vec(py, nodes))
 }
 

@@ -9,4 +9,5 @@ pub mod panel;
 pub mod prefetch;
 pub mod residual;
 pub mod sets;
+pub mod sieve;
 pub mod topk;
