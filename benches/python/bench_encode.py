@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import resource
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import timing
 
 import microtome as mt
+from microtome.metrics import EncodeReport
 
 SHAPES = [(512, 16_384, 32), (2048, 16_384, 50)]
 BARS = {"torch float32": 5.0, "faiss IndexFlatIP": 4.0, "torch bfloat16": 1.3}
@@ -71,14 +71,18 @@ def measure(d: int, d_sae: int, k: int, threads: int) -> list[dict[str, Any]]:
                 threads=threads,
                 bar=BARS[peer],
             )
-            extra = {
-                "candidates_per_k": report.candidates_per_k,
-                "escape_rate": report.escape_rate,
-                "extra_mib": extra_mib,
-                "path": f"{report.isa}/{report.screen}",
-            }
-            lines.append(line | extra)
+            lines.append(line | {"remarks": f"{remarks(report)}; {extra_mib:.0f} MiB"})
     return lines
+
+
+def remarks(report: EncodeReport) -> str:
+    """What the screen left to score, how often it gave up, and where the time went."""
+    whole = sum(report.seconds.values())
+    shares = ", ".join(f"{phase} {spent / whole:.0%}" for phase, spent in report.seconds.items())
+    return (
+        f"{report.screen}; {report.candidates_per_k:.2f} candidates per k, {report.escape_rate:.2%} of rows "
+        f"escaped; {shares}"
+    )
 
 
 def rows() -> list[dict[str, Any]]:
@@ -94,17 +98,5 @@ def rows() -> list[dict[str, Any]]:
     return everything
 
 
-def main() -> None:
-    """Print the table."""
-    print(f"{'what':24} {'shape':40} {'peer':18} {'ratio':>6} {'spread':>13}  bar  cand/k  escaped  MiB")
-    for line in rows():
-        low, high = line["min"], line["max"]
-        print(
-            f"{line['name']:24} {line['shape']:40} {line['peer']:18} {line['ratio']:6.2f} {low:6.2f}-{high:<6.2f}"
-            f" {line['bar']:4.1f} {line['candidates_per_k']:7.2f} {line['escape_rate']:8.4f} {line['extra_mib']:4.0f}"
-        )
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    timing.show(rows())

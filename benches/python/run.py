@@ -35,20 +35,13 @@ def show(line: dict) -> None:
     """One line of the table, in Markdown."""
     cells = [line["name"], line["shape"], line["peer"], f"{line['ratio']:.2f}"]
     cells += [f"{line['min']:.2f} to {line['max']:.2f}", number(line, "wall"), number(line, "cpu")]
-    cells += [number(line, "bar", "g"), timing.reached(line), remarks(line)]
+    cells += [number(line, "bar", "g"), timing.reached(line), line.get("remarks", "")]
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def number(line: dict, key: str, form: str = ".2f") -> str:
     """A number of a row, empty where it has none."""
     return "" if line.get(key) is None else format(line[key], form)
-
-
-def remarks(line: dict) -> str:
-    """What an encoder's screen left to score, and how often it gave up."""
-    if line.get("candidates_per_k") is None:
-        return ""
-    return f"{line['candidates_per_k']:.2f} candidates per k, {line['escape_rate']:.2%} of rows escaped"
 
 
 def main(names: list[str]) -> None:

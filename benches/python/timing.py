@@ -158,6 +158,7 @@ def show(table: list[dict[str, Any]]) -> None:
         bar = f"  bar {row['bar']:g}: {reached(row)}" if row["bar"] is not None else ""
         print(
             f"{row['name']:24} {row['shape']:44} {row['peer']:28} {row['ratio']:10.2f} "
-            f"({row['min']:.2f} to {row['max']:.2f}; wall {row['wall']:.2f}, cpu {row['cpu']:.2f}){bar}",
+            f"({row['min']:.2f} to {row['max']:.2f}; wall {row['wall']:.2f}, cpu {row['cpu']:.2f}){bar}  "
+            f"{row.get('remarks', '')}",
             flush=True,
         )

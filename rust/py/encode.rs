@@ -14,6 +14,9 @@ use crate::arrays::{Input, Matrix, vector};
 use crate::error::shape_error;
 use crate::run::{Task, run};
 
+/// Codes as arrays, counts of the selection, and seconds of its phases.
+type Encoded<'py> = (Bound<'py, PyTuple>, (u64, u64, u64), (f64, f64, f64));
+
 /// Packed weights and what of the pre-activations fires.
 #[pyclass(frozen, module = "microtome._core")]
 struct Encoder {
@@ -75,13 +78,14 @@ impl Encoder {
         (plan.isa().path().name(), screen)
     }
 
-    /// `(indices, values)` for Top-K, else `(indptr, indices, values)`; then `(rows, scored pairs, escaped rows)`.
+    /// `(indices, values)` for Top-K, else `(indptr, indices, values)`; then `(rows, scored pairs, escaped rows)` and the
+    /// seconds of `(rounding, screening, scoring)`.
     fn encode<'py>(
         &self,
         py: Python<'py>,
         x: &Bound<'py, PyAny>,
         progress: Option<Bound<'py, PyAny>>,
-    ) -> PyResult<(Bound<'py, PyTuple>, (u64, u64, u64))> {
+    ) -> PyResult<Encoded<'py>> {
         let input = Input::extract(x, "x")?;
         let source = input.source("x")?;
         let task = Task { progress, ..Task::named("encode") };
@@ -100,7 +104,9 @@ impl Encoder {
                 PyTuple::new(py, [indptr, indices, PyArray1::from_vec(py, values).into_any()])?
             }
         };
-        Ok((arrays, (effort.rows, effort.scored, effort.escaped)))
+        let [rounding, screening, scoring] =
+            [effort.rounding, effort.screening, effort.scoring].map(|phase| phase.as_secs_f64());
+        Ok((arrays, (effort.rows, effort.scored, effort.escaped), (rounding, screening, scoring)))
     }
 }
 

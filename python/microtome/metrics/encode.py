@@ -43,6 +43,9 @@ class EncodeReport:
     """Instruction path: plain, neon, avx2, avx512, avx512bf16 or avx512vnni."""
     screen: str
     """Arithmetic of the screen: int8, int16, bfloat16 or float32."""
+    seconds: dict[str, float]
+    """Seconds, added up over threads, of ``rounding`` the rows, ``screening`` all features, and ``scoring`` what the
+    screen left."""
 
 
 class TopKEncoder:
@@ -139,7 +142,7 @@ class TopKEncoder:
         """
         source = tensors.core_source(x, "x")
         with bar("encode", len(x), progress) as done:
-            arrays, (rows, scored, escaped) = self._encoder.encode(source, done)
+            arrays, (rows, scored, escaped), phases = self._encoder.encode(source, done)
         isa, screen = self._encoder.path
         self.last_report = EncodeReport(
             rows=rows,
@@ -148,6 +151,7 @@ class TopKEncoder:
             escape_rate=escaped / rows if rows else 0.0,
             isa=isa,
             screen=screen,
+            seconds=dict(zip(("rounding", "screening", "scoring"), phases, strict=True)),
         )
         if self.activation == "topk":
             indices, values = arrays

@@ -4,6 +4,7 @@
 use super::isa::Path;
 use super::isa::{Isa, per_isa};
 use super::tile::{COLS, ROWS};
+use crate::kernels::prefetch::fetch;
 
 /// Partial sums of [`dot`]. Part of the definition of a score: changing it changes last bits.
 pub(super) const LANES: usize = 32;
@@ -68,13 +69,62 @@ pub struct Group<'a, T> {
     pub len: usize,
 }
 
+/// Rows that one reading of a feature serves.
+const ABREAST: usize = 2;
+/// Lanes that are added in one reading of the rows: with two rows they fit the registers of 256-bit processors. It is a cache
+/// line of floats, so two readings touch no line twice.
+const HALF: usize = LANES / 2;
+
 #[inline(always)]
 fn dots_of_body<const FUSED: bool>(group: Group<'_, f32>, x: &[f32], products: &mut [f64]) {
     let d = group.w.len();
-    for (&row, product) in group.rows[..group.len].iter().zip(products) {
-        let start = row as usize * d;
-        *product = dot_body::<FUSED>(&x[start..start + d], group.w);
+    let row = |i: usize| group.rows.get(i).map_or(group.w, |&r| &x[r as usize * d..(r as usize + 1) * d]);
+    let (pairs, last) = products[..group.len].as_chunks_mut::<ABREAST>();
+    let next = |end: usize| if end == group.len { group.next } else { group.w };
+    for (p, out) in pairs.iter_mut().enumerate() {
+        let i = p * ABREAST;
+        let (rows, ahead) = ([row(i), row(i + 1)], [row(i + 2), row(i + 3)]);
+        *out = dots_ahead::<FUSED, 2>(group.w, next(i + 2), rows, ahead);
     }
+    if let [out] = last {
+        let i = group.len - 1;
+        [*out] = dots_ahead::<FUSED, 1>(group.w, group.next, [row(i)], [row(i + 1)]);
+    }
+}
+
+/// [`dot`] of `w` with each row of `x`, while `next` and the rows `ahead` are fetched.
+#[inline(always)]
+fn dots_ahead<const FUSED: bool, const N: usize>(
+    w: &[f32],
+    next: &[f32],
+    x: [&[f32]; N],
+    ahead: [&[f32]; N],
+) -> [f64; N] {
+    let mut lanes = [[0.0_f64; LANES]; N];
+    let (w_whole, w_rest) = w.as_chunks::<LANES>();
+    let x_whole = x.map(|x| &x.as_chunks::<LANES>().0[..w_whole.len()]);
+    for half in 0..LANES / HALF {
+        let mut sums = [[0.0_f64; HALF]; N];
+        for (step, w) in w_whole.iter().enumerate() {
+            let at = step * LANES + half * HALF;
+            let w = &w.as_chunks::<HALF>().0[half];
+            fetch(next, at);
+            for i in 0..N {
+                fetch(ahead[i], at);
+                let x = &x_whole[i][step].as_chunks::<HALF>().0[half];
+                for l in 0..HALF {
+                    sums[i][l] = fused::<FUSED>(f64::from(x[l]), f64::from(w[l]), sums[i][l]);
+                }
+            }
+        }
+        for (lanes, sums) in lanes.iter_mut().zip(sums) {
+            lanes.as_chunks_mut::<HALF>().0[half] = sums;
+        }
+    }
+    for (lanes, x) in lanes.iter_mut().zip(x) {
+        add_rest::<FUSED>(lanes, &x[w_whole.len() * LANES..], w_rest);
+    }
+    lanes.map(pairwise)
 }
 
 per_isa! {
@@ -194,6 +244,25 @@ mod tests {
             assert!((plain - naive).abs() < 1e-12 * d as f64);
             for isa in Isa::available() {
                 assert_eq!(dot(isa, &x, &w).to_bits(), plain.to_bits(), "{} d={d}", isa.path().name());
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_a_group_have_the_bits_of_dot() {
+        for (d, n) in [(1, 3), (31, 1), (33, 2), (64, 5), (257, 4)] {
+            let (x, w) = (numbers(d * 6, 3), numbers(d, 4));
+            let rows: Vec<u32> = [4, 0, 5, 2, 1].into_iter().take(n).collect();
+            for len in 1..=n {
+                let row = |r: u32| &x[r as usize * d..(r as usize + 1) * d];
+                let expected: Vec<u64> =
+                    rows[..len].iter().map(|&r| dot(Isa::PLAIN, row(r), &w).to_bits()).collect();
+                for isa in Isa::available() {
+                    let mut products = vec![0.0; len];
+                    dots_of(isa, Group { w: &w, next: &w, rows: &rows, len }, &x, &mut products);
+                    let found: Vec<u64> = products.iter().map(|p| p.to_bits()).collect();
+                    assert_eq!(found, expected, "{} d={d} n={n} len={len}", isa.path().name());
+                }
             }
         }
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::dot::{Group, dot, dots_of, half_dots_of};
 use super::isa::Isa;
 use super::pairs::Pairs;
-use super::select::{Dictionary, Wanted, finish};
+use super::select::{Dictionary, Effort, Wanted, Watch, finish};
 use super::strips::{Halves, Strips};
 use super::tile::{COLS, ROWS, Tile};
 use crate::kernels::topk::{Candidate, Scored, keep_best, promising_first};
@@ -48,11 +48,11 @@ struct Pass<'a> {
     room: usize,
     bench: &'a mut Bench,
     found: &'a mut [Vec<Scored>],
-    scored: u64,
+    effort: &'a mut Effort,
 }
 
 impl Dictionary {
-    /// One screen; returns the rows that defeated it and the number of pairs scored.
+    /// One screen; returns the rows that defeated it.
     pub(super) fn pass(
         &self,
         x: &[f32],
@@ -60,7 +60,9 @@ impl Dictionary {
         floats: bool,
         bench: &mut Bench,
         found: &mut [Vec<Scored>],
-    ) -> (Vec<usize>, u64) {
+        effort: &mut Effort,
+    ) -> Vec<usize> {
+        let mut watch = Watch::start();
         let n = x.len() / self.plan.d();
         let wished = if let Wanted::Best { k, .. } = wanted { k * SPACE_PER_MEMBER } else { 0 };
         let room = wished.max(SMALLEST_SPACE).min(self.n_features) + COLS;
@@ -78,15 +80,14 @@ impl Dictionary {
         if let Some(isa) = refines {
             self.plan.halve(isa, x, &mut bench.halves);
         }
-        let mut pass = Pass { dictionary: self, x, wanted, floats, refines, room, bench, found, scored: 0 };
-        pass.run();
-        let scored = pass.scored;
-        ((0..n).filter(|&i| bench.escaped[i]).collect(), scored)
+        watch.lap(&mut effort.rounding);
+        Pass { dictionary: self, x, wanted, floats, refines, room, bench, found, effort }.run(watch);
+        (0..n).filter(|&i| bench.escaped[i]).collect()
     }
 }
 
 impl Pass<'_> {
-    fn run(&mut self) {
+    fn run(&mut self, mut watch: Watch) {
         for r in 0..self.found.len() {
             let line = &self.bench.strips.lines[r / ROWS];
             let zeros = line.norm[r % ROWS] == 0.0;
@@ -95,6 +96,7 @@ impl Pass<'_> {
         let ranges = self.ranges();
         for (i, range) in ranges.iter().enumerate() {
             self.sweep(range.clone());
+            watch.lap(&mut self.effort.screening);
             if let Wanted::Best { k, .. } = self.wanted {
                 let last = i + 1 == ranges.len();
                 for row in 0..self.found.len() {
@@ -104,6 +106,7 @@ impl Pass<'_> {
                     }
                 }
                 self.bound_or_score_listed(k);
+                watch.lap(&mut self.effort.scoring);
             }
         }
         for r in 0..self.found.len() {
@@ -117,6 +120,7 @@ impl Pass<'_> {
         }
         self.score_listed();
         self.found.iter_mut().for_each(|found| finish(found, self.wanted));
+        watch.lap(&mut self.effort.scoring);
     }
 
     /// Ranges of panels between which thresholds are raised.
@@ -281,7 +285,7 @@ impl Pass<'_> {
         }
         candidates.copy_within(m.., 0);
         self.bench.counts[row] -= m;
-        self.scored += m as u64;
+        self.effort.scored += m as u64;
     }
 
     /// Scores the listed pairs, feature by feature.
@@ -311,7 +315,7 @@ impl Pass<'_> {
             }
             start = end;
         }
-        self.scored += pairs.listed.len() as u64;
+        self.effort.scored += pairs.listed.len() as u64;
         pairs.listed.clear();
     }
 

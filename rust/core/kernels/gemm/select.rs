@@ -13,6 +13,8 @@
 //! threshold was raised has defeated the screen; it is screened again in f32, and in the last resort scored against every
 //! feature.
 
+use std::time::{Duration, Instant};
+
 use super::dot::dot;
 use super::features::{Panel, Slack};
 use super::pass::Bench;
@@ -53,7 +55,7 @@ pub enum Wanted {
     AtLeast(f64),
 }
 
-/// Counts of what a selection did.
+/// What a selection did, and where its time went, added up over threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Effort {
     /// Rows seen.
@@ -62,6 +64,12 @@ pub struct Effort {
     pub scored: u64,
     /// Rows that took the f32 screen after another one had failed.
     pub escaped: u64,
+    /// Rounding of rows.
+    pub rounding: Duration,
+    /// Screens, and taking their hits down.
+    pub screening: Duration,
+    /// Second bounds, scores in f64, and thresholds.
+    pub scoring: Duration,
 }
 
 impl Effort {
@@ -70,6 +78,24 @@ impl Effort {
         self.rows += other.rows;
         self.scored += other.scored;
         self.escaped += other.escaped;
+        self.rounding += other.rounding;
+        self.screening += other.screening;
+        self.scoring += other.scoring;
+    }
+}
+
+/// Adds the time since the last lap to a phase.
+#[derive(Debug)]
+pub(super) struct Watch(Instant);
+
+impl Watch {
+    pub(super) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    pub(super) fn lap(&mut self, phase: &mut Duration) {
+        let now = Instant::now();
+        *phase += now - std::mem::replace(&mut self.0, now);
     }
 }
 
@@ -129,9 +155,8 @@ impl Dictionary {
         let d = self.plan.d();
         let Space { found, bench, effort } = space;
         reset(found, x.len() / d);
-        let (again, scored) = self.pass(x, wanted, false, bench, found);
+        let again = self.pass(x, wanted, false, bench, found, effort);
         effort.rows += (x.len() / d) as u64;
-        effort.scored += scored;
         effort.escaped += again.len() as u64;
         if again.is_empty() {
             return;
@@ -139,11 +164,13 @@ impl Dictionary {
         let rows: Vec<f32> = again.iter().flat_map(|&i| &x[i * d..(i + 1) * d]).copied().collect();
         let mut results = Vec::new();
         reset(&mut results, again.len());
-        let (last, scored) = self.pass(&rows, wanted, true, bench, &mut results);
-        effort.scored += scored + (last.len() * self.n_features) as u64;
+        let last = self.pass(&rows, wanted, true, bench, &mut results, effort);
+        effort.scored += (last.len() * self.n_features) as u64;
+        let mut watch = Watch::start();
         for i in last {
             self.score_all(&rows[i * d..(i + 1) * d], wanted, &mut results[i]);
         }
+        watch.lap(&mut effort.scoring);
         for (i, result) in again.into_iter().zip(results) {
             found[i] = result;
         }
