@@ -18,7 +18,18 @@ from pathlib import Path
 import timing
 
 HERE = Path(__file__).parent
-NAMES = ("encode", "features", "cka", "cosine", "sets", "store", "capture", "training", "attribution")
+NAMES = (
+    "encode",
+    "features",
+    "analyse",
+    "cka",
+    "cosine",
+    "sets",
+    "store",
+    "capture",
+    "training",
+    "attribution",
+)
 
 
 def lines_of(name: str) -> list[dict]:

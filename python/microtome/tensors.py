@@ -23,6 +23,7 @@ __all__ = [
     "core_vector",
     "extra",
     "is_tensor",
+    "source_rows",
     "to_tensor",
 ]
 
@@ -69,6 +70,18 @@ def core_matrix(x: Any, name: str) -> CoreInput:
 def core_source(x: Any, name: str) -> Any:
     """``x`` as something the core can scan: activations of a store as they are, all else as :func:`core_matrix`."""
     return x if hasattr(x, "_selection") else core_matrix(x, name)
+
+
+def source_rows(x: Any, span: slice) -> Any:
+    """The rows ``span`` of ``x``; those of a store as :data:`CoreInput` unless torch is loaded already.
+
+    Importing torch takes seconds and half a gigabyte, and the core does without.
+    """
+    if not hasattr(x, "_selection") or "torch" in sys.modules:
+        return x[span]
+    selection = x._selection
+    words = np.asarray(selection.read(span.start, span.stop))
+    return ("bfloat16", words) if selection.dtype == "bfloat16" else words
 
 
 def core_vector(x: Any, name: str, length: int | None = None) -> npt.NDArray[np.float32]:

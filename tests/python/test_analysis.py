@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -183,3 +185,19 @@ def test_bad_input_is_refused_by_name(case):
     with pytest.raises(kind) as caught:
         call()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_store_is_analysed_without_importing_torch(tmp_path: Path, dtype):
+    stored.write(tmp_path / "run", dtype=dtype)
+    script = f"""
+import sys, numpy as np, microtome as mt
+acts = mt.ActivationStore({str(tmp_path / "run")!r})[{stored.HOOK!r}]
+eye = np.eye(64, dtype=np.float32)
+print(mt.analyse(acts, mt.TopKEncoder(eye, None, k=4), W_dec=eye).fvu, "torch" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    fvu, imported = run.stdout.split()
+    acts, eye = mt.ActivationStore(tmp_path / "run")[stored.HOOK], np.eye(64, dtype=F32)
+    assert float(fvu) == mt.analyse(acts, TopKEncoder(eye, None, k=4), W_dec=eye).fvu
+    assert imported == "False"

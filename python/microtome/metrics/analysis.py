@@ -103,7 +103,7 @@ def analyse(
     with progress_bar.bar("analyse", n, progress) as done:
         for start in range(0, n, _BLOCK_ROWS):
             span = slice(start, min(n, start + _BLOCK_ROWS))
-            block = x[span]
+            block = tensors.source_rows(x, span)
             _announce(x, span.stop, min(n, span.stop + _BLOCK_ROWS))
             codes = encode(block)
             core = core_codes(codes)

@@ -141,7 +141,8 @@ class TopKEncoder:
             NonFiniteError: NaN or infinity in ``x``, with row and column.
         """
         source = tensors.core_source(x, "x")
-        with bar("encode", len(x), progress) as done:
+        n = len(source[1] if isinstance(source, tuple) else source)
+        with bar("encode", n, progress) as done:
             arrays, (rows, scored, escaped), phases = self._encoder.encode(source, done)
         isa, screen = self._encoder.path
         self.last_report = EncodeReport(
