@@ -2,7 +2,7 @@
 //!
 //! Reader `r` takes the batches `r`, `r + READERS`, ... and hands each over when it is asked for. So batches arrive in the
 //! order of the rows, the blocks in them are those of the grid, and the result has the bits of any other scan; and memory
-//! holds one batch per reader and the one that is folded.
+//! holds two batches per reader and the one that is folded.
 
 use std::ops::Range;
 use std::sync::mpsc::{channel, sync_channel};
@@ -16,7 +16,7 @@ use crate::rows::Rows;
 /// Reading threads: what a disk needs in its queue to show its bandwidth.
 const READERS: usize = 4;
 /// Bytes that one of them reads at a time.
-const BATCH_BYTES: usize = 8 << 20;
+const BATCH_BYTES: usize = 4 << 20;
 
 /// As [`super::scan_into`].
 pub fn scan_into<F: Fold>(
@@ -27,13 +27,13 @@ pub fn scan_into<F: Fold>(
     context: &Context<'_>,
 ) -> Result<()> {
     let n = aligned_rows(sources)?;
-    let bytes = BATCH_BYTES.min(context.memory_budget / (READERS + 1));
+    let bytes = BATCH_BYTES.min(context.memory_budget / (2 * READERS + 1));
     let batch_rows = (bytes / (block_rows * row_bytes(sources))).max(1) * block_rows;
     let batches = || grid(n, batch_rows);
     std::thread::scope(|team| {
         let start = |reader: usize| {
-            // Without room: a reader waits with what it has read, and reads no further.
-            let (filled, ready) = sync_channel(0);
+            // With room for one batch: while that one waits for its turn, the disk is busy with the next.
+            let (filled, ready) = sync_channel(1);
             let (recycle, used) = channel();
             let mine = batches().skip(reader).step_by(READERS);
             team.spawn(move || {
