@@ -70,7 +70,9 @@ pub fn encode(encoder: &Encoder, source: &dyn Source, context: &Context<'_>) -> 
     let codes = match encoder.activation() {
         Activation::TopK(k) => run.slots(k)?,
         Activation::BatchTopK(k) => run.batch(k)?,
-        Activation::JumpRelu | Activation::Relu => ragged(&run.list(Wanted::Above)?),
+        Activation::JumpRelu | Activation::Relu => {
+            joined(&run.list(Wanted::Above, |block| Part::of(&block))?)
+        }
     };
     let effort = *run.effort.lock().unwrap_or_else(PoisonError::into_inner);
     Ok((codes, effort))
@@ -103,9 +105,10 @@ impl Run<'_> {
         Ok(Codes::Slots { indices, values })
     }
 
-    fn list(&self, wanted: Wanted) -> Result<Vec<RaggedBlock>> {
+    /// What `keep` takes from the entries of each block.
+    fn list<T: Send>(&self, wanted: Wanted, keep: impl Fn(RaggedBlock) -> T + Sync) -> Result<Vec<T>> {
         map_blocks(self.source, spread(self.source.n_rows(), RAGGED_ROWS), self.context, |rows, first| {
-            self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work))
+            self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work)).map(&keep)
         })
     }
 
@@ -120,9 +123,9 @@ impl Run<'_> {
         })?;
         let least = batch_threshold(ranks.concat(), k * n);
         self.context.done.store(0, Ordering::Relaxed);
-        let mut blocks = self.list(Wanted::AtLeast(least))?;
+        let mut blocks = self.list(Wanted::AtLeast(least), |block| block)?;
         trim(&mut blocks, k * n);
-        Ok(ragged(&blocks))
+        Ok(joined(&blocks.iter().map(Part::of).collect::<Vec<_>>()))
     }
 
     fn with_workspace<T>(&self, rows: Rows<'_>, work: impl FnOnce(&mut Workspace) -> Result<T>) -> Result<T> {
@@ -136,15 +139,32 @@ impl Run<'_> {
     }
 }
 
-fn ragged(blocks: &[RaggedBlock]) -> Codes {
-    let mut indptr = vec![0];
-    let mut end = 0;
-    for count in blocks.iter().flat_map(|b| &b.counts) {
-        end += i64::from(*count);
-        indptr.push(end);
+/// Codes of a block, a third of the size of its entries with their ranks in f64.
+struct Part {
+    counts: Vec<u32>,
+    indices: Vec<u32>,
+    values: Vec<f32>,
+}
+
+impl Part {
+    fn of(block: &RaggedBlock) -> Self {
+        Self {
+            counts: block.counts.clone(),
+            indices: block.entries.iter().map(|e| e.feature).collect(),
+            values: block.entries.iter().map(|e| e.activation as f32).collect(),
+        }
     }
-    let entries = || blocks.iter().flat_map(|b| &b.entries);
-    let indices = entries().map(|e| e.feature).collect();
-    let values = entries().map(|e| e.activation as f32).collect();
-    Codes::Ragged { indptr, indices, values }
+}
+
+fn joined(parts: &[Part]) -> Codes {
+    let mut end = 0;
+    let ends = parts.iter().flat_map(|p| &p.counts).map(|count| {
+        end += i64::from(*count);
+        end
+    });
+    Codes::Ragged {
+        indptr: std::iter::once(0).chain(ends).collect(),
+        indices: parts.iter().map(|p| &p.indices[..]).collect::<Vec<_>>().concat(),
+        values: parts.iter().map(|p| &p.values[..]).collect::<Vec<_>>().concat(),
+    }
 }
