@@ -5,8 +5,8 @@ use std::sync::Arc;
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
 use microtome_core::scan::Source;
-use microtome_core::{Data, Rows};
-use numpy::{PyReadonlyArray2, PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods};
+use microtome_core::{Codes, Data, Rows};
+use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 use crate::error::{dtype_error, shape_error, to_py};
@@ -120,4 +120,26 @@ fn contiguous<'a, T, E>(slice: Result<&'a [T], E>, name: &str) -> PyResult<&'a [
 
 fn type_name(object: &Bound<'_, PyAny>) -> String {
     object.get_type().name().map_or_else(|_| "an object".to_owned(), |n| n.to_string())
+}
+
+/// Sparse codes as they cross the border: `(slots per row, or row pointers; indices; values; d_sae)`.
+#[derive(FromPyObject)]
+pub struct CodesArgument<'py>(Pointers<'py>, PyReadonlyArray1<'py, u32>, PyReadonlyArray1<'py, f32>, usize);
+
+#[derive(FromPyObject)]
+enum Pointers<'py> {
+    Fixed(usize),
+    Ragged(PyReadonlyArray1<'py, u64>),
+}
+
+impl CodesArgument<'_> {
+    /// The codes as the core sees them.
+    pub fn codes(&self) -> PyResult<Codes<'_>> {
+        let (indices, values) = (self.1.as_slice()?, self.2.as_slice()?);
+        match &self.0 {
+            Pointers::Fixed(k) => Codes::fixed(indices, values, *k, self.3),
+            Pointers::Ragged(indptr) => Codes::ragged(indptr.as_slice()?, indices, values, self.3),
+        }
+        .map_err(|e| to_py(&e))
+    }
 }

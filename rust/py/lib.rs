@@ -7,9 +7,11 @@ mod cka;
 mod encode;
 mod error;
 mod features;
+mod fvu;
 mod provoke;
 mod run;
 mod similarity;
+mod state;
 mod store;
 
 use pyo3::prelude::*;
@@ -22,6 +24,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     store::register(m)?;
     encode::register(m)?;
     features::register(m)?;
+    fvu::register(m)?;
     cka::register(m)?;
     similarity::register(m)?;
     circuit::register(m)?;

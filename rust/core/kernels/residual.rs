@@ -130,62 +130,53 @@ pub fn reconstruction_error(
     decoder: &Decoder<'_>,
 ) -> Option<f64> {
     with_elements!(x.data(), x_data => with_elements!(decoder.weights.data(), weights => {
-        error_of(x_data, weights, codes, first_row, decoder.bias, x.d())
+        Residual { x: x_data, d: x.d(), codes, first_row, weights, bias: decoder.bias }.error()
     }))
 }
 
-fn error_of<X: Element, W: Element>(
-    x: &[X],
-    weights: &[W],
-    codes: &Codes<'_>,
-    first_row: usize,
-    bias: Option<&[f32]>,
+/// Rows, their codes, and a decoder, with their element types known.
+struct Residual<'a, X, W> {
+    x: &'a [X],
     d: usize,
-) -> Option<f64> {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        #[target_feature(enable = "avx2")]
-        fn wide<X: Element, W: Element>(
-            x: &[X],
-            weights: &[W],
-            codes: &Codes<'_>,
-            first_row: usize,
-            bias: Option<&[f32]>,
-            d: usize,
-        ) -> Option<f64> {
-            error_by_rows(x, weights, codes, first_row, bias, d)
-        }
-        // SAFETY: the processor has AVX2.
-        return unsafe { wide(x, weights, codes, first_row, bias, d) };
-    }
-    error_by_rows(x, weights, codes, first_row, bias, d)
+    codes: &'a Codes<'a>,
+    first_row: usize,
+    weights: &'a [W],
+    bias: Option<&'a [f32]>,
 }
 
-/// One source for every instruction set: no operation is reordered or fused, so neither are the bits.
-#[inline(always)]
-fn error_by_rows<X: Element, W: Element>(
-    x: &[X],
-    weights: &[W],
-    codes: &Codes<'_>,
-    first_row: usize,
-    bias: Option<&[f32]>,
-    d: usize,
-) -> Option<f64> {
-    let mut x_hat = vec![0.0; d];
-    let mut sum = 0.0;
-    for (r, row) in x.chunks_exact(d).enumerate() {
-        match bias {
-            Some(bias) => x_hat.iter_mut().zip(bias).for_each(|(o, &b)| *o = f64::from(b)),
-            None => x_hat.fill(0.0),
+impl<X: Element, W: Element> Residual<'_, X, W> {
+    fn error(&self) -> Option<f64> {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            #[target_feature(enable = "avx2")]
+            fn wide<X: Element, W: Element>(residual: &Residual<'_, X, W>) -> Option<f64> {
+                residual.by_rows()
+            }
+            // SAFETY: the processor has AVX2.
+            return unsafe { wide(self) };
         }
-        let (indices, values) = codes.row(first_row + r);
-        if !add_rows(weights, indices, values, &mut x_hat) {
-            return None;
-        }
-        let x_hat = &x_hat[..row.len()];
-        sum += squared_distance(row, |j| x_hat[j]);
+        self.by_rows()
     }
-    Some(sum)
+
+    /// One source for every instruction set: no operation is reordered or fused, so neither are the bits.
+    #[inline(always)]
+    fn by_rows(&self) -> Option<f64> {
+        let mut x_hat = vec![0.0; self.d];
+        let mut sum = 0.0;
+        for (r, row) in self.x.chunks_exact(self.d).enumerate() {
+            match self.bias {
+                Some(bias) => x_hat.iter_mut().zip(bias).for_each(|(o, &b)| *o = f64::from(b)),
+                None => x_hat.fill(0.0),
+            }
+            let (indices, values) = self.codes.row(self.first_row + r);
+            if !add_rows(self.weights, indices, values, &mut x_hat) {
+                return None;
+            }
+            let x_hat = &x_hat[..row.len()];
+            sum += squared_distance(row, |j| x_hat[j]);
+        }
+        Some(sum)
+    }
 }
 
 /// Row, column and value of the first element that is not finite.
