@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
@@ -26,7 +27,10 @@ CoreCodes: TypeAlias = tuple[
 ]
 
 STORED_BLOCK_ROWS = 1 << 20
-"""Rows of stored codes that are mapped at a time: enough for every thread to have blocks of the grid."""
+"""Rows of stored codes that are read at a time: enough for every thread to have blocks of the grid."""
+
+STORED_BLOCK_ENTRIES = 1 << 26
+"""Entries that these rows have on average, at most: 512 MiB of indices and values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,9 +236,16 @@ def code_blocks(codes: Codes | Any) -> Iterator[tuple[slice, CoreCodes]]:
         yield slice(0, len(codes)), core
         return
     start = 0
-    for block in codes.blocks(STORED_BLOCK_ROWS):
+    for block in codes.blocks(stored_block_rows(codes)):
         yield slice(start, start + len(block)), core_codes(block)
         start += len(block)
+
+
+def stored_block_rows(codes: Any) -> int:
+    """Rows of stored codes to read at a time, by their mean number of entries; whole blocks of the FVU's grid."""
+    per_row = math.prod(codes.indices.shape) / len(codes)
+    rows = min(STORED_BLOCK_ROWS, int(STORED_BLOCK_ENTRIES / max(per_row, 1)))
+    return max(rows // _core.FVU_BLOCK_ROWS, 1) * _core.FVU_BLOCK_ROWS
 
 
 def offset(done: Callable[[int], None], first: int) -> Callable[[int], None]:
