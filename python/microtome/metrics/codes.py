@@ -7,8 +7,9 @@ Both are immutable, slice by row, and convert to dense, CSR and torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from microtome import _core, tensors
 from microtome.errors import ShapeError
 
-__all__ = ["CSR", "RaggedCodes", "RowIndex", "SparseCodes", "row_entries", "row_pointers"]
+__all__ = ["CSR", "CodesByBlock", "RaggedCodes", "RowIndex", "SparseCodes", "row_entries", "row_pointers"]
 
 CSR: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32], npt.NDArray[np.float32]]
 """``(indptr, indices, values)``: the entries of row ``i`` are those at ``indptr[i]:indptr[i + 1]``."""
@@ -163,6 +164,21 @@ class RaggedCodes:
         return _decode(self.to_csr(), self.d_sae, W_dec, b_dec)
 
 
+class CodesByBlock(Protocol):
+    """Codes that are read block by block: those of a store."""
+
+    @property
+    def d_sae(self) -> int:
+        """Width of the dictionary."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> SparseCodes | RaggedCodes: ...
+
+    def blocks(self, n: int = ...) -> Iterator[SparseCodes] | Iterator[RaggedCodes]:
+        """Codes of at most ``n`` rows, from the first row to the last."""
+
+
 def row_pointers(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Where rows of so many entries begin and end, (n + 1,)."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
@@ -192,8 +208,6 @@ def _row_index(rows: RowIndex) -> RowIndex:
 def _check_width(indices: npt.NDArray[np.uint32], d_sae: int) -> None:
     if indices.size and int(indices.max()) >= d_sae:
         raise ShapeError(f"indices: expected below d_sae = {d_sae}, found {int(indices.max())}")
-
-
 
 
 def _to_torch(indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32]) -> tuple[Any, Any]:

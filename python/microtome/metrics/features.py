@@ -14,13 +14,13 @@ import polars as pl
 from microtome import _core
 from microtome import progress as progress_bar
 from microtome.errors import DtypeError, ShapeError
-from microtome.metrics.codes import RaggedCodes, SparseCodes
+from microtome.metrics.codes import CodesByBlock, RaggedCodes, SparseCodes
 from microtome.metrics.rowtable import By, Grouping, RowTable, grouping
 
 __all__ = ["Codes", "FeatureStats", "feature_stats", "l0", "variance_gap"]
 
-Codes: TypeAlias = SparseCodes | RaggedCodes
-"""Sparse codes with a fixed number of slots per row, or ragged ones; their fields may be torch tensors."""
+Codes: TypeAlias = SparseCodes | RaggedCodes | CodesByBlock
+"""Sparse codes with a fixed number of slots per row, or ragged ones; their fields may be torch tensors. Or stored."""
 
 CoreCodes: TypeAlias = tuple[
     "int | npt.NDArray[np.uint64]", npt.NDArray[np.uint32], npt.NDArray[np.float32], int
@@ -187,13 +187,14 @@ def l0(codes: FeatureStats | Codes) -> float:
 
 
 def core_codes(codes: Codes, name: str = "codes") -> CoreCodes:
-    """Codes as the core takes them: row pointers or slots per row, indices, values, width.
+    """Codes as the core takes them: row pointers or slots per row, indices, values, width. Stored ones as a whole.
 
     Raises:
         DtypeError: indices that are not integers, or activations that are not floating point.
         ShapeError: no slots, or shapes that differ.
     """
-    indices, values = _host(codes.indices), _host(codes.values)
+    held: Any = codes[:] if hasattr(codes, "blocks") else codes
+    indices, values = _host(held.indices), _host(held.values)
     if indices.dtype.kind not in "iu":
         raise DtypeError(f"{name}.indices: expected integers, found {indices.dtype}")
     if indices.dtype.kind == "i" and indices.size and int(indices.min()) < 0:
@@ -204,7 +205,7 @@ def core_codes(codes: Codes, name: str = "codes") -> CoreCodes:
         raise DtypeError(f"{name}.values: expected float32, found {values.dtype}")
     flat = np.ascontiguousarray(indices, np.uint32).reshape(-1)
     activations = np.ascontiguousarray(values, np.float32).reshape(-1)
-    indptr = getattr(codes, "indptr", None)
+    indptr = getattr(held, "indptr", None)
     if indptr is None and (indices.ndim != 2 or indices.shape != values.shape):
         raise ShapeError(
             f"{name}: expected indices and values (n, k), found {indices.shape} and {values.shape}"
@@ -232,8 +233,7 @@ def n_rows(codes: Codes | Any, name: str = "codes") -> int:
 def code_blocks(codes: Codes | Any) -> Iterator[tuple[slice, CoreCodes]]:
     """Codes as the core takes them, and the rows they cover: memory at once, a store block by block."""
     if not hasattr(codes, "blocks"):
-        core = core_codes(codes)
-        yield slice(0, len(codes)), core
+        yield slice(0, len(codes)), core_codes(codes)
         return
     start = 0
     for block in codes.blocks(stored_block_rows(codes)):

@@ -160,7 +160,8 @@ class StoredRaggedCodes(_Stored):
         """Activation of each entry, float32 (n_entries,)."""
         steps = reader.steps
         self._rows, self._entries = (
-            row_pointers(np.array([step[space] for step in steps], np.int64)) for space in ("tokens", "entries")
+            row_pointers(np.array([step[space] for step in steps], np.int64))
+            for space in ("tokens", "entries")
         )
 
     @property

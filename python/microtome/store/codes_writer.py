@@ -61,12 +61,16 @@ class CodesWriter:
         indices, values = np.ascontiguousarray(codes.indices), np.ascontiguousarray(codes.values)
         if isinstance(codes, RaggedCodes):
             if self._k is not None:
-                raise ShapeError(f"codes: expected SparseCodes with k={self._k}, found {codes!r}. Pass k=None")
+                raise ShapeError(
+                    f"codes: expected SparseCodes with k={self._k}, found {codes!r}. Pass k=None"
+                )
             fires = np.diff(codes.indptr).astype(np.uint32)
             self._writer.append_ragged(rows, fires, indices, values)
         else:
             if self._k is None:
-                raise ShapeError(f"codes: expected RaggedCodes, as k=None says, found {codes!r}. Pass k={codes.k}")
+                raise ShapeError(
+                    f"codes: expected RaggedCodes, as k=None says, found {codes!r}. Pass k={codes.k}"
+                )
             self._writer.append(rows, indices, values)
         self._written = end
         if self._written - self._committed >= self._step_rows:
