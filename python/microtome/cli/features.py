@@ -31,10 +31,12 @@ def encode(
     Example: `microtome encode runs/llava --sae saes/layer12 --hook blocks.12.hook_resid_post`
     """
     from microtome.dictionary import SAE
+    from microtome.dictionary.checks import check_rows
     from microtome.progress import bar
 
     opened, dictionary = open_store(store), SAE.load_from_disk(sae)
     acts, target = opened[hook], name or hook
+    check_rows(acts, dictionary.recipe, dictionary.d_in)
     writer = opened.write_codes(
         target, acts, k=dictionary.slots, d_sae=dictionary.d_sae, dictionary=dictionary.fingerprint()
     )
