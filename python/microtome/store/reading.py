@@ -61,7 +61,7 @@ class ActivationStore:
         if on_corrupt not in ("error", "skip"):
             raise ShapeError(f"on_corrupt: expected 'error' or 'skip', found {on_corrupt!r}")
         self._reader = _core.StoreReader(os.fspath(path), verify, backend)
-        self._skips = on_corrupt == "skip"
+        self._verify, self._skips = verify, on_corrupt == "skip"
         if backend != self.backend:
             warnings.warn(
                 f"backend: expected direct I/O on the file system of {self.path}, found none. "
@@ -197,8 +197,14 @@ class ActivationStore:
         return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
     def codes(self, name: str) -> StoredCodes | StoredRaggedCodes:
-        """Sparse codes stored under ``name``: with ``k`` slots per row, or ragged, as they were written."""
-        return open_codes(codes_folder(self.path, name))
+        """Sparse codes stored under ``name``: with ``k`` slots per row, or ragged, as they were written.
+
+        They are reached and checked as this store is; damage is an error at its first touch, and never skipped.
+
+        Raises:
+            StoreError: no codes of that name.
+        """
+        return open_codes(codes_folder(self.path, name), self._verify, self.backend)
 
     def write_codes(
         self,

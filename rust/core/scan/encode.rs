@@ -70,7 +70,7 @@ pub fn encode(encoder: &Encoder, source: &dyn Source, context: &Context<'_>) -> 
     let codes = match encoder.activation() {
         Activation::TopK(k) => run.slots(k)?,
         Activation::BatchTopK(k) => run.batch(k)?,
-        Activation::JumpRelu | Activation::Relu => ragged(&run.list(Wanted::Above)?),
+        Activation::JumpRelu | Activation::Relu => ragged(run.list(Wanted::Above)?),
     };
     let effort = *run.effort.lock().unwrap_or_else(PoisonError::into_inner);
     Ok((codes, effort))
@@ -103,9 +103,9 @@ impl Run<'_> {
         Ok(Codes::Slots { indices, values })
     }
 
-    fn list(&self, wanted: Wanted) -> Result<Vec<RaggedBlock>> {
+    fn list<T: From<RaggedBlock> + Send>(&self, wanted: Wanted) -> Result<Vec<T>> {
         map_blocks(self.source, spread(self.source.n_rows(), RAGGED_ROWS), self.context, |rows, first| {
-            self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work))
+            self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work)).map(T::from)
         })
     }
 
@@ -122,7 +122,7 @@ impl Run<'_> {
         self.context.done.store(0, Ordering::Relaxed);
         let mut blocks = self.list(Wanted::AtLeast(least))?;
         trim(&mut blocks, k * n);
-        Ok(ragged(&blocks))
+        Ok(ragged(blocks.into_iter().map(Listed::from).collect()))
     }
 
     fn with_workspace<T>(&self, rows: Rows<'_>, work: impl FnOnce(&mut Workspace) -> Result<T>) -> Result<T> {
@@ -136,15 +136,38 @@ impl Run<'_> {
     }
 }
 
-fn ragged(blocks: &[RaggedBlock]) -> Codes {
-    let mut indptr = vec![0];
-    let mut end = 0;
-    for count in blocks.iter().flat_map(|b| &b.counts) {
-        end += i64::from(*count);
-        indptr.push(end);
+/// What is kept of a block until all are there: 8 bytes an entry, a third of a [`RaggedBlock`].
+struct Listed {
+    counts: Vec<u32>,
+    indices: Vec<u32>,
+    values: Vec<f32>,
+}
+
+impl From<RaggedBlock> for Listed {
+    fn from(block: RaggedBlock) -> Self {
+        Self {
+            indices: block.entries.iter().map(|e| e.feature).collect(),
+            values: block.entries.iter().map(|e| e.activation as f32).collect(),
+            counts: block.counts,
+        }
     }
-    let entries = || blocks.iter().flat_map(|b| &b.entries);
-    let indices = entries().map(|e| e.feature).collect();
-    let values = entries().map(|e| e.activation as f32).collect();
+}
+
+/// Joins blocks; each is dropped as soon as it is copied.
+fn ragged(blocks: Vec<Listed>) -> Codes {
+    let entries = blocks.iter().map(|b| b.indices.len()).sum();
+    let rows: usize = blocks.iter().map(|b| b.counts.len()).sum();
+    let mut indptr = Vec::with_capacity(rows + 1);
+    let (mut indices, mut values) = (Vec::with_capacity(entries), Vec::with_capacity(entries));
+    indptr.push(0);
+    let mut end = 0;
+    for block in blocks {
+        for count in &block.counts {
+            end += i64::from(*count);
+            indptr.push(end);
+        }
+        indices.extend_from_slice(&block.indices);
+        values.extend_from_slice(&block.values);
+    }
     Codes::Ragged { indptr, indices, values }
 }
