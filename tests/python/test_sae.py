@@ -270,6 +270,18 @@ def test_batch_topk_without_a_threshold_reads_as_topk_per_row():
         assert (codes.indices.shape, (codes.values > 0).all()) == ((N, K), True)
 
 
+@pytest.mark.parametrize("recipe", ["jumprelu", "relu", "batch_topk", "gated"])
+def test_one_pass_takes_ragged_dictionaries_bit_for_bit(recipe):
+    sae, x = dictionary(**RECIPES[recipe]), rows(9000).numpy()  # three blocks of rows
+    one, codes = mt.analyse(x, sae, top=3), sae.encode(x)
+    table = {"sample": np.arange(9000), "position": np.zeros(9000, np.int64)}
+    for field in ("fires", "sum", "sum_sq", "max"):
+        assert np.array_equal(getattr(one.stats, field), getattr(mt.feature_stats(codes), field))
+    assert one.top.equals(mt.top_samples(codes, table, n=3))
+    assert math.isclose(one.fvu, mt.fvu(x, sae.decode(codes)), rel_tol=1e-6)
+    assert math.isclose(one.l0, len(codes.indices) / 9000)
+
+
 def test_transcoder_has_its_own_width_and_skip():
     sae = dictionary(d_out=7, activation="relu")
     made = mt.SAE(
