@@ -374,6 +374,30 @@ def test_rows_out_of_step_with_entries_are_found(store, tmp_path):
     assert found.verify() == [f"step 000000: expected {ends[1]} entries, found rows with {ends[0]}"]
 
 
+def test_blocks_of_the_entries_are_checked_apart_from_those_of_the_rows(tmp_path):
+    """Entries fill two blocks of 1 MiB where the counts of their rows fill a part of one."""
+    stored.write(tmp_path / "run", steps=(60_000,))
+    store = mt.ActivationStore(tmp_path / "run")
+    counts = np.arange(60_000) % 11
+    total = int(counts.sum())
+    flat = np.arange(total)
+    codes = RaggedCodes(
+        np.append(0, np.cumsum(counts)), (flat % D_SAE).astype(np.uint32), flat.astype(np.float32) + 1, D_SAE
+    )
+    write(store, codes, sizes=(50_000,), step_rows=60_000)
+    shard = store.path / "codes" / "ragged" / "000000" / f"{HOOK}.safetensors"
+    shard.chmod(0o644)
+    content = bytearray(shard.read_bytes())
+    content[4096 + (1 << 20) + 5] ^= 1
+    shard.write_bytes(content)
+    sound = int(np.searchsorted(codes.indptr, (1 << 20) // 4)) - 1  # rows with all entries in the first block
+    found = store.codes("ragged")
+    assert_same(found[:sound], codes[:sound])
+    with pytest.raises(errors.CorruptShardError, match=f"damaged block 1, rows {(1 << 20) // 4}"):
+        found[sound:]
+    assert [problem.split(":")[0] for problem in found.verify()] == ["damaged block 1"]
+
+
 @pytest.mark.parametrize("file", ["rows", "rows.entries", HOOK])
 def test_damage_is_named_by_file_and_rows(store, found, tmp_path, file):
     path = shutil.copytree(store.path / "codes" / "ragged", tmp_path / "copy")
