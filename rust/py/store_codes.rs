@@ -74,9 +74,9 @@ impl CodesWriter {
             return Err(shape_error("codes", &format!("{k} slots in every row"), "ragged rows"));
         }
         let n = rows.len();
-        let entries = fires.as_array().iter().map(|&n| n as usize).sum();
         let numbers = bytes(&rows, &[n], "rows")?;
         let counts = bytes(&fires, &[n], "fires")?;
+        let entries = bytemuck::cast_slice::<u8, u32>(counts).iter().map(|&fires| fires as usize).sum();
         let indices = bytes(&indices, &[entries], "indices")?;
         let values = bytes(&values, &[entries], "values")?;
         self.owned.with(py, "append", |writer| {
