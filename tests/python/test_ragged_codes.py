@@ -124,7 +124,9 @@ def test_empty_rows_empty_blocks_and_an_empty_store_are_read(store):
 
 @pytest.mark.parametrize("backend", ["mmap", "pread", "direct"])
 def test_every_backend_gives_the_same_codes(store, found, backend):
-    other = open_codes(store.path / "codes" / "ragged", "always", backend)
+    opened = mt.ActivationStore(store.path, "always", backend)
+    other = opened.codes("ragged")
+    assert other._reader.backend == opened.backend
     assert_same(other[:], some_codes())
     assert_same(other[[700, 3]], some_codes()[np.array([700, 3])])
 
