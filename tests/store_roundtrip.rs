@@ -237,6 +237,22 @@ fn golden_store_of_format_1_opens_bit_for_bit() {
 }
 
 #[test]
+fn golden_ragged_codes_of_format_1_open_bit_for_bit() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1/ragged");
+    let store = Arc::new(Store::open(&root, Verify::Always, Backend::Mmap).unwrap());
+    assert_eq!(store.manifest().crc32c, 0xc1cb_afec, "fingerprint");
+    let words = |rows| {
+        let bytes = bytes_of(&rows).unwrap();
+        bytes.chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap())).collect::<Vec<_>>()
+    };
+    assert_eq!(words(store.row_column("tokens", "fires").unwrap()), [2, 0, 3, 0, 0, 0, 1]);
+    assert_eq!(words(store.row_column("entries", "indices").unwrap()), [3, 1, 0, 1, 2, 7]);
+    let values = bytes_of(&store.hook(HOOK, "values").unwrap()).unwrap();
+    assert_eq!(floats(&values), [2.0, 0.5, 4.0, 3.0, 1.0, 0.25]);
+    assert!((0..2).all(|step| (0..=store.tables()).all(|file| store.problems(step, file).is_empty())));
+}
+
+#[test]
 fn every_column_of_a_sound_store_is_read() {
     assert_eq!(read_all(&in_memory(5, &[7, 4])).unwrap().len(), 7);
 }

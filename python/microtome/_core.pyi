@@ -46,12 +46,19 @@ class StoreWriter:
 
 @final
 class CodesWriter:
-    def __new__(cls, path: str, *, hook: str, k: int, facts: str) -> CodesWriter: ...
+    def __new__(cls, path: str, *, hook: str, k: int | None, facts: str) -> CodesWriter: ...
     @property
     def n_rows(self) -> int: ...
     def append(
         self,
         rows: npt.NDArray[np.uint64],
+        indices: npt.NDArray[np.uint32],
+        values: npt.NDArray[np.float32],
+    ) -> None: ...
+    def append_ragged(
+        self,
+        rows: npt.NDArray[np.uint64],
+        fires: npt.NDArray[np.uint32],
         indices: npt.NDArray[np.uint32],
         values: npt.NDArray[np.float32],
     ) -> None: ...

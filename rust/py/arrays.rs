@@ -107,10 +107,7 @@ fn two_dimensional<'py, T: numpy::Element>(
 }
 
 /// The elements of a matrix row by row; `as_slice` alone would take a Fortran-ordered one column by column.
-pub fn row_major<'a, T: numpy::Element>(
-    matrix: &'a PyReadonlyArray2<'_, T>,
-    name: &str,
-) -> PyResult<&'a [T]> {
+fn row_major<'a, T: numpy::Element>(matrix: &'a PyReadonlyArray2<'_, T>, name: &str) -> PyResult<&'a [T]> {
     contiguous(if matrix.is_c_contiguous() { matrix.as_slice().ok() } else { None }.ok_or(()), name)
 }
 

@@ -2,6 +2,8 @@
 
 use pyo3::prelude::*;
 
+#[path = "store_codes.rs"]
+mod codes;
 #[path = "store_reader.rs"]
 mod reader;
 #[path = "store_writer.rs"]
@@ -12,7 +14,7 @@ pub use reader::Selection;
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("FAILPOINTS", cfg!(feature = "failpoints"))?;
     m.add_class::<writer::StoreWriter>()?;
-    m.add_class::<writer::CodesWriter>()?;
+    m.add_class::<codes::CodesWriter>()?;
     m.add_class::<reader::StoreReader>()?;
     m.add_class::<reader::Selection>()?;
     m.add_class::<reader::Block>()?;

@@ -1,4 +1,4 @@
-//! `StoreWriter` and `CodesWriter`: the same core writer under two sets of columns.
+//! `StoreWriter`: the core's writer under the columns of activations; and what it shares with the writer of codes.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use microtome_core::store::fs::Os;
 use microtome_core::store::{Column, Manifest, Nonfinite, Scalar, Table, Writer};
 use microtome_core::{Dtype, Error, Result, with_elements};
-use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arrays::{Matrix, row_major};
+use crate::arrays::Matrix;
 use crate::error::{dtype_error, forked, shape_error};
 use crate::run::detached;
 
@@ -25,21 +25,26 @@ const ROW_COLUMNS: [(&str, Scalar); 5] = [
 ];
 
 /// A writer that this process owns; `None` once closed.
-struct Owned {
+pub(super) struct Owned {
     writer: Mutex<Option<Writer>>,
     path: PathBuf,
     pid: u32,
 }
 
 impl Owned {
-    fn open(py: Python<'_>, path: &str, manifest: Manifest, nonfinite: Nonfinite) -> PyResult<Self> {
+    pub(super) fn open(
+        py: Python<'_>,
+        path: &str,
+        manifest: Manifest,
+        nonfinite: Nonfinite,
+    ) -> PyResult<Self> {
         let path = PathBuf::from(path);
         let writer = detached(py, "open", || Writer::open(Arc::new(Os), &path, manifest, nonfinite))?;
         Ok(Self { writer: Mutex::new(Some(writer)), path, pid: std::process::id() })
     }
 
     /// Runs `work` on the open writer, detached; a forked child is refused before it touches the lock.
-    fn with<T: Send>(
+    pub(super) fn with<T: Send>(
         &self,
         py: Python<'_>,
         name: &'static str,
@@ -55,7 +60,7 @@ impl Owned {
         })
     }
 
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
+    pub(super) fn close(&self, py: Python<'_>) -> PyResult<()> {
         if std::process::id() != self.pid {
             return Err(forked("StoreWriter"));
         }
@@ -194,75 +199,6 @@ impl StoreWriter {
     }
 }
 
-/// The one writer of a store of sparse codes: `k` slots per row of a store of activations.
-#[pyclass(frozen, module = "microtome._core")]
-pub struct CodesWriter {
-    owned: Owned,
-    hook: String,
-    k: usize,
-}
-
-/// Row space of sparse codes; its row table holds the row numbers in the store of activations.
-const TOKENS: &str = "tokens";
-
-#[pymethods]
-impl CodesWriter {
-    #[new]
-    #[pyo3(signature = (path, *, hook, k, facts))]
-    fn new(py: Python<'_>, path: &str, hook: String, k: usize, facts: &str) -> PyResult<Self> {
-        let columns = ["indices", "values"]
-            .into_iter()
-            .zip([Scalar::U32, Scalar::F32])
-            .map(|(name, scalar)| Column::matrix(name, scalar, k as u64));
-        let tables = vec![Table::hook(&hook, TOKENS, columns.collect())];
-        let rows = vec![Table::rows_of(TOKENS, vec![Column::vector("row", Scalar::U64)])];
-        let manifest = Manifest::new(parse_facts(facts)?, tables, rows);
-        Ok(Self { owned: Owned::open(py, path, manifest, Nonfinite::Error)?, hook, k })
-    }
-
-    /// Committed rows.
-    #[getter]
-    fn n_rows(&self, py: Python<'_>) -> PyResult<u64> {
-        self.owned.with(py, "n_rows", |w| Ok(w.manifest().n_rows(TOKENS)))
-    }
-
-    /// Appends codes `(n, k)` of the rows with these numbers.
-    fn append(
-        &self,
-        py: Python<'_>,
-        rows: PyReadonlyArray1<'_, u64>,
-        indices: PyReadonlyArray2<'_, u32>,
-        values: PyReadonlyArray2<'_, f32>,
-    ) -> PyResult<()> {
-        let n = rows.len();
-        for (name, shape) in [("indices", indices.shape()), ("values", values.shape())] {
-            if shape != [n, self.k] {
-                return Err(shape_error(
-                    name,
-                    &format!("shape [{n}, {}]", self.k),
-                    &format!("shape {shape:?}"),
-                ));
-            }
-        }
-        let indices = bytemuck::cast_slice(row_major(&indices, "indices")?);
-        let values = bytemuck::cast_slice(row_major(&values, "values")?);
-        let rows = bytemuck::cast_slice(contiguous(&rows, "row")?);
-        self.owned.with(py, "append", |writer| {
-            writer.append(TOKENS, n, &[rows], &[(&self.hook, vec![indices, values])])
-        })
-    }
-
-    /// Commits the rows appended so far as a step.
-    fn commit(&self, py: Python<'_>) -> PyResult<()> {
-        self.owned.with(py, "commit", |writer| writer.commit(&[]))
-    }
-
-    /// Drops what is not committed and releases the store. Closing twice is fine.
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
-        self.owned.close(py)
-    }
-}
-
 /// The arrays of `rows`, one per column of a row table.
 struct RowColumns<'py> {
     n: usize,
@@ -372,7 +308,7 @@ fn check_width(manifest: &Manifest, hook: &str, dtype: Dtype, d: usize) -> Resul
     Ok(())
 }
 
-fn parse_facts(facts: &str) -> PyResult<serde_json::Value> {
+pub(super) fn parse_facts(facts: &str) -> PyResult<serde_json::Value> {
     serde_json::from_str(facts)
         .ok()
         .filter(serde_json::Value::is_object)

@@ -85,6 +85,68 @@ def test_rooms_form_no_circle():
         visit(node, ())
 
 
+PACKAGES = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def used(tree: ast.AST, known: set[str]) -> set[str]:
+    """Modules that are imported wherever the code runs: at the top or inside a function, not for types alone."""
+    typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = (f"{node.module}.{alias.name}" for alias in node.names)
+            names.update(name if name in known else node.module for name in whole)
+    return names & known
+
+
+def circle_in(edges: dict[str, set[str]]) -> list[str]:
+    """A circle of imports, beginning and ending with one module; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> list[str]:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return []
+        found = next((c for other in sorted(edges[node]) if (c := visit(other, [*trail, node]))), [])
+        done.add(node)
+        return found
+
+    return next((circle for node in sorted(edges) if (circle := visit(node, []))), [])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_of_a_package_form_no_circle(package):
+    trees = {module_name(path): ast.parse(path.read_text()) for path in (PACKAGE / package).rglob("*.py")}
+    edges = {name: used(tree, set(trees)) - {name} for name, tree in trees.items()}
+    circle = circle_in(edges)
+    assert not circle, f"circle: {' -> '.join(circle)}"
+
+
+def test_a_circle_is_found_wherever_its_imports_stand():
+    inside = ast.parse("def f():\n    from p import b")
+    types = ast.parse("if TYPE_CHECKING:\n    from p.a import A")
+    known = {"p", "p.a", "p.b"}
+    assert used(inside, known) == {"p.b"}
+    assert used(types, known) == set()
+    assert circle_in({"p": {"p.a"}, "p.a": {"p.b"}, "p.b": {"p.a"}}) == ["p.a", "p.b", "p.a"]
+    assert circle_in({"p": {"p.a", "p.b"}, "p.a": {"p.b"}, "p.b": set()}) == []
+
+
 def test_importing_microtome_needs_numpy_and_polars_alone():
     heavy = ("torch", "transformers", "matplotlib", "typer", "rich", "jinja2", "safetensors")
     code = f"import sys, microtome.metrics, microtome.store; print([m for m in {heavy} if m in sys.modules])"

@@ -11,7 +11,9 @@ torch = pytest.importorskip("torch")
 
 import microtome as mt  # noqa: E402
 from microtome.dictionary import Recipe  # noqa: E402
+from microtome.dictionary.encoding import encode_on_device  # noqa: E402
 from microtome.errors import CheckpointError, DtypeError, HookError, NonFiniteError, ShapeError  # noqa: E402
+from microtome.metrics import RaggedCodes  # noqa: E402
 
 D, F, K, N = 12, 40, 5, 64
 
@@ -86,10 +88,12 @@ def test_every_path_gives_the_codes_of_the_definition(recipe):
     sae, x = dictionary(**recipe), rows()
     wanted = definition(sae, x)
     assert 0 < (wanted > 0).mean() < 1
-    sparse = sae.encode(x)
+    sparse, on_device = sae.encode(x), encode_on_device(sae, x)
+    assert type(on_device) is type(sparse) is (mt.SparseCodes if sae.slots else RaggedCodes)
     for found in (
         sae.encode_torch(x).numpy(),
         np.asarray(sparse.to_dense()),
+        on_device.to_dense(),
         sae.module().encode(x).detach().numpy(),
     ):
         assert np.array_equal(found > 0, wanted > 0)
@@ -261,6 +265,21 @@ def test_batch_topk_without_a_threshold_reads_as_topk_per_row():
     full = dictionary(**RECIPES["batch_topk"])
     bare = mt.SAE(full.W_enc, full.W_dec, full.b_enc, full.b_dec, recipe=recipe)
     assert ((bare.encode_torch(rows()) > 0).sum(1) == K).all()
+    assert (bare.slots, full.slots) == (K, None)
+    for codes in (bare.encode(rows()), encode_on_device(bare, rows())):
+        assert (codes.indices.shape, (codes.values > 0).all()) == ((N, K), True)
+
+
+@pytest.mark.parametrize("recipe", ["jumprelu", "relu", "batch_topk", "gated"])
+def test_one_pass_takes_ragged_dictionaries_bit_for_bit(recipe):
+    sae, x = dictionary(**RECIPES[recipe]), rows(9000).numpy()  # three blocks of rows
+    one, codes = mt.analyse(x, sae, top=3), sae.encode(x)
+    table = {"sample": np.arange(9000), "position": np.zeros(9000, np.int64)}
+    for field in ("fires", "sum", "sum_sq", "max"):
+        assert np.array_equal(getattr(one.stats, field), getattr(mt.feature_stats(codes), field))
+    assert one.top.equals(mt.top_samples(codes, table, n=3))
+    assert math.isclose(one.fvu, mt.fvu(x, sae.decode(codes)), rel_tol=1e-6)
+    assert math.isclose(one.l0, len(codes.indices) / 9000)
 
 
 def test_transcoder_has_its_own_width_and_skip():

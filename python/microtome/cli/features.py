@@ -11,9 +11,7 @@ from microtome.cli.app import Config, Progress, StorePath, app, open_store, say,
 
 if TYPE_CHECKING:
     from microtome.metrics import FeatureStats
-    from microtome.store import ActivationStore, StoredCodes
-
-_BLOCK_ROWS = 1 << 20
+    from microtome.store import ActivationStore, StoredCodes, StoredRaggedCodes
 
 
 @app.command()
@@ -33,26 +31,27 @@ def encode(
     Example: `microtome encode runs/llava --sae saes/layer12 --hook blocks.12.hook_resid_post`
     """
     from microtome.dictionary import SAE
-    from microtome.metrics import SparseCodes
+    from microtome.dictionary.checks import check_rows
     from microtome.progress import bar
 
     opened, dictionary = open_store(store), SAE.load_from_disk(sae)
-    if dictionary.k is None:
-        raise typer.BadParameter(
-            f"--sae {sae}: expected a dictionary with k features per row, found {dictionary}"
-        )
     acts, target = opened[hook], name or hook
+    check_rows(acts, dictionary.recipe, dictionary.d_in)
     writer = opened.write_codes(
-        target, acts, k=dictionary.k, d_sae=dictionary.d_sae, dictionary=dictionary.fingerprint()
+        target, acts, k=dictionary.slots, d_sae=dictionary.d_sae, dictionary=dictionary.fingerprint()
     )
     with writer as codes, bar(f"encoding {hook}", len(acts), progress) as done:
         for block in acts.take(slice(codes.n_rows, None)).blocks(block_rows):
-            found = dictionary.encode(block)
-            if not isinstance(found, SparseCodes):
-                raise typer.BadParameter(f"--sae {sae}: expected k features in every row, found {dictionary}")
-            codes.append(found)
+            codes.append(dictionary.encode(block))
             done(codes.n_rows)
-    say(f"{len(acts):,} rows in {dictionary.d_sae} features, {dictionary.k} per row: {store}/codes/{target}")
+    per_row = _per_row(opened.codes(target))
+    say(f"{len(acts):,} rows in {dictionary.d_sae} features, {per_row}: {store}/codes/{target}")
+
+
+def _per_row(codes: StoredCodes | StoredRaggedCodes) -> str:
+    if hasattr(codes, "k"):
+        return f"{codes.k} per row"
+    return f"{len(codes.indices) / max(len(codes), 1):.1f} per row on average"
 
 
 @app.command()
@@ -75,28 +74,25 @@ def stats(
 
     opened = open_store(store)
     found = opened.codes(codes)
-    groups = _stats_by_block(opened, found, by)
+    groups = _stats_by_group(opened, found, by)
     table = pl.concat([group.to_polars().with_columns(group=pl.lit(name)) for name, group in groups.items()])
     made = Record("stats", {str(store): opened.fingerprint, codes: found.fingerprint}, {"by": by}, len(found))
     write(table, out, made)
 
 
-def _stats_by_block(store: ActivationStore, codes: StoredCodes, by: str | None) -> dict[str, FeatureStats]:
+def _stats_by_group(
+    store: ActivationStore, codes: StoredCodes | StoredRaggedCodes, by: str | None
+) -> dict[str, FeatureStats]:
     """Statistics of each group, a block of rows in memory at a time."""
     import polars as pl
 
     import microtome as mt
     from microtome.store.tables import ordered_join
 
-    rows = store[codes.hook].take(codes.row_numbers).rows
-    rows = ordered_join(rows, store.samples, "sample")
-    if by is not None and by not in (columns := rows.collect_schema().names()):
+    if by is None:
+        return {"all": mt.feature_stats(codes, progress=False)}
+    rows = ordered_join(store[codes.hook].take(codes.row_numbers).rows, store.samples, "sample")
+    if by not in (columns := rows.collect_schema().names()):
         raise typer.BadParameter(f"--by {by!r} is none of: {', '.join(columns)}")
-    labels = None if by is None else rows.select(pl.col(by).cast(pl.String)).collect().to_series()
-    total: dict[str, FeatureStats] = {}
-    for start, block in zip(range(0, len(codes), _BLOCK_ROWS), codes.blocks(_BLOCK_ROWS), strict=True):
-        part = None if labels is None else labels[start : start + len(block.indices)]
-        result = mt.feature_stats(block, by=part, progress=False)
-        for name, stats in (result if isinstance(result, dict) else {"all": result}).items():
-            total[name] = total[name].merge(stats) if name in total else stats
-    return total
+    labels = rows.select(pl.col(by).cast(pl.String)).collect().to_series()
+    return mt.feature_stats(codes, by=labels, progress=False)

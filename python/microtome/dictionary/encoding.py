@@ -6,7 +6,7 @@ brought to its terms first. On another device, torch in blocks, where the weight
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 
 from microtome.dictionary import folds, forward
-from microtome.dictionary.recipe import Recipe
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.weights import rows_of
 from microtome.metrics.codes import RaggedCodes, SparseCodes
 from microtome.metrics.encode import TopKEncoder
 
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
-
-__all__ = ["PackedEncoder", "encode"]
+__all__ = ["PackedEncoder", "encode_on_device"]
 
 _BLOCK_ROWS = 65_536
 _BLOCK_ENTRIES = 1 << 25  # pre-activations held at once on a device
@@ -30,26 +27,18 @@ _BLOCK_ENTRIES = 1 << 25  # pre-activations held at once on a device
 _Vector = npt.NDArray[Any]
 
 
-def encode(sae: SAE, x: Any) -> SparseCodes | RaggedCodes:
-    """Codes of all rows of ``x``: ``k`` slots per row for a Top-K, ragged rows otherwise."""
-    if sae.device.type == "cpu":
-        return sae.packed()(x)
-    return _encode_on_device(sae, x)
-
-
 class PackedEncoder:
     """A dictionary's encoder in Rust, and what the recipe does before and after it."""
 
-    def __init__(self, tensors: forward.Tensors, recipe: Recipe) -> None:
+    def __init__(self, parameters: Parameters) -> None:
+        tensors, recipe = parameters.tensors, parameters.recipe
         self.recipe, self.tensors = recipe, tensors
-        self.topk = recipe.activation == "topk" or (
-            recipe.activation == "batch_topk" and "threshold" not in tensors
-        )
+        topk = parameters.slots is not None
         self.norms = tensors["W_dec"].norm(dim=1)  # (d_sae,)
         tensors, recipe = folds.bare_threshold(tensors, recipe)
         scale, bias = recipe.input_scale, tensors["b_gate" if recipe.activation == "gated" else "b_enc"]
         W_enc, norms = tensors["W_enc"] * scale, None
-        if recipe.norm_aware and self.topk:
+        if recipe.norm_aware and topk:
             silent = self.norms == 0  # a score of zero is never chosen, and the encoder takes positive norms
             norms = torch.where(silent, torch.ones_like(self.norms), self.norms)
             W_enc, bias = W_enc.masked_fill(silent, 0), bias.masked_fill(silent, 0)
@@ -60,10 +49,10 @@ class PackedEncoder:
         self.encoder = TopKEncoder(
             W_enc,
             bias,
-            recipe.k if self.topk else None,
+            parameters.slots,
             b_dec=tensors["b_dec"] / scale if recipe.apply_b_dec_to_input else None,
             norms=norms,
-            activation="topk" if self.topk else "relu" if threshold is None else "jump_relu",
+            activation="topk" if topk else "relu" if threshold is None else "jump_relu",
             threshold=threshold,
         )
 
@@ -120,7 +109,8 @@ def _ragged(counts: _Vector, indices: _Vector, values: _Vector, d_sae: int) -> R
     return RaggedCodes(indptr, indices[order], values[order], d_sae)
 
 
-def _encode_on_device(sae: SAE, x: Any) -> SparseCodes | RaggedCodes:
+def encode_on_device(sae: Parameters, x: Any) -> SparseCodes | RaggedCodes:
+    """Codes of all rows of ``x`` by torch, where the weights are: ``slots`` per row, or ragged rows."""
     parts = []
     with torch.no_grad():
         for block in rows_of(x, max(1, _BLOCK_ENTRIES // sae.d_sae)):
@@ -130,9 +120,9 @@ def _encode_on_device(sae: SAE, x: Any) -> SparseCodes | RaggedCodes:
             parts.append((fired, feature.cpu().numpy().astype(np.uint32), dense[row, feature].cpu().numpy()))
     counts, features, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     ragged = _ragged(counts, features, values, sae.d_sae)
-    if sae.recipe.activation != "topk" or sae.k is None:
+    if sae.slots is None:
         return ragged
-    slot = np.arange(sae.k)[None, :] < np.diff(ragged.indptr)[:, None]  # (n, k)
+    slot = np.arange(sae.slots)[None, :] < np.diff(ragged.indptr)[:, None]  # (n, k)
     filled = np.zeros(slot.shape, np.uint32), np.zeros(slot.shape, np.float32)
     filled[0][slot], filled[1][slot] = ragged.indices, ragged.values
     return SparseCodes(*filled, sae.d_sae)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from microtome.dictionary import forward as formulas
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
+from microtome.dictionary.parameters import Parameters
 
 __all__ = ["SAEModule"]
 
@@ -18,7 +14,7 @@ __all__ = ["SAEModule"]
 class SAEModule(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A dictionary as a torch module; its parameters are the dictionary's own tensors."""
 
-    def __init__(self, sae: SAE) -> None:
+    def __init__(self, sae: Parameters) -> None:
         super().__init__()
         self.recipe = sae.recipe
         self.tensors = torch.nn.ParameterDict(

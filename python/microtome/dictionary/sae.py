@@ -6,31 +6,27 @@ Rows are encoded by the packed Rust encoder, which gives sparse codes; :meth:`SA
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from microtome.dictionary import checks, folds, forward, weights
+from microtome.dictionary import checks, encoding, folds, formats, forward, weights
+from microtome.dictionary.encoding import PackedEncoder
 from microtome.dictionary.module import SAEModule
-from microtome.dictionary.recipe import Recipe
+from microtome.dictionary.parameters import Parameters
 from microtome.errors import CheckpointError, DtypeError, ShapeError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.encoding import PackedEncoder
-    from microtome.metrics.codes import RaggedCodes, SparseCodes
+from microtome.metrics.codes import RaggedCodes, SparseCodes
+from microtome.store import StoredCodes, StoredRaggedCodes
 
 __all__ = ["SAE", "SAEModule"]
 
 _BLOCK_ROWS = 16_384
 
 
-class SAE:
+class SAE(Parameters):
     """A sparse autoencoder or transcoder: its tensors, and the recipe that says how they are used.
 
     Tensors are float32 torch tensors in SAELens' orientation: ``W_enc (d_in, d_sae)``, ``W_dec (d_sae,
@@ -59,109 +55,8 @@ class SAE:
         tensor(True)
     """
 
-    def __init__(
-        self,
-        W_enc: Any,
-        W_dec: Any,
-        b_enc: Any = None,
-        b_dec: Any = None,
-        *,
-        recipe: Recipe | None = None,
-        tensors: Mapping[str, Any] | None = None,
-        **fields: Any,
-    ) -> None:
-        if recipe is not None and fields:
-            raise ShapeError(f"recipe: expected a recipe or its fields, found both ({', '.join(fields)})")
-        self.recipe = recipe or Recipe(**fields)
-        given = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, **(tensors or {})}
-        held = {name: weights.as_tensor(value, name) for name, value in given.items() if value is not None}
-        self.tensors = weights.completed(held, self.recipe)
-        self.probe: Tensor | None = None
-        """A few rows kept in the file, for :meth:`self_check`; shape ``(n, d_in)``."""
-        self.probe_targets: dict[str, float] = {}
-        self._handed_out = False
-        self._packed: tuple[list[tuple[int, int]], PackedEncoder] | None = None
-
-    # --- what it is -----------------------------------------------------------------------------------------
-
-    @property
-    def W_enc(self) -> Tensor:  # noqa: N802
-        """Encoder weights, ``(d_in, d_sae)``."""
-        return self.tensors["W_enc"]
-
-    @property
-    def W_dec(self) -> Tensor:  # noqa: N802
-        """Decoder weights, ``(d_sae, d_out)``."""
-        return self.tensors["W_dec"]
-
-    @property
-    def b_enc(self) -> Tensor:
-        """Encoder bias, ``(d_sae,)``; the gate's bias for a gated dictionary."""
-        return self.tensors["b_gate" if self.recipe.activation == "gated" else "b_enc"]
-
-    @property
-    def b_dec(self) -> Tensor:
-        """Decoder bias, ``(d_out,)``."""
-        return self.tensors["b_dec"]
-
-    @property
-    def threshold(self) -> Tensor | None:
-        """What scores are compared with, ``(d_sae,)``, where the recipe has a threshold."""
-        return self.tensors.get("threshold")
-
-    @property
-    def d_in(self) -> int:
-        """Width of the rows."""
-        return int(self.W_enc.shape[0])
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return int(self.W_enc.shape[1])
-
-    @property
-    def d_out(self) -> int:
-        """Width of the reconstruction; ``d_in`` except for transcoders."""
-        return int(self.W_dec.shape[1])
-
-    @property
-    def k(self) -> int | None:
-        """Features kept per row, where the recipe says so."""
-        return self.recipe.k
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.W_enc.device
-
-    def to(self, device: str | torch.device) -> SAE:
-        """The same dictionary on another device."""
-        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
-
-    def with_tensors(self, tensors: Mapping[str, Tensor], recipe: Recipe | None = None) -> SAE:
-        """A dictionary with other tensors, the probe rows kept."""
-        made = SAE(
-            tensors["W_enc"],
-            tensors["W_dec"],
-            recipe=recipe or self.recipe,
-            tensors={name: t for name, t in tensors.items() if name not in ("W_enc", "W_dec")},
-        )
-        made.probe, made.probe_targets = self.probe, dict(self.probe_targets)
-        return made
-
-    def __repr__(self) -> str:
-        k = f", k={self.k}" if self.k else ""
-        hook = f", {self.recipe.hook_name}" if self.recipe.hook_name else ""
-        return f"SAE({self.recipe.activation}, d_in={self.d_in}, d_sae={self.d_sae}{k}{hook})"
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the tensors and the recipe's deciding fields: equal when codes are made alike."""
-        digest = hashlib.sha256(json.dumps(self.recipe.deciding(), sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name].detach().cpu().contiguous()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
+    _handed_out = False
+    _packed: tuple[list[tuple[int, int]], PackedEncoder] | None = None
 
     # --- encode and decode ----------------------------------------------------------------------------------
 
@@ -178,10 +73,8 @@ class SAE:
             ShapeError: rows of another width; the message names both.
             HookError: activations of a store at another hook than the dictionary's.
         """
-        from microtome.dictionary import encoding
-
         checks.check_rows(x, self.recipe, self.d_in)
-        return encoding.encode(self, x)
+        return self.packed()(x) if self.device.type == "cpu" else encoding.encode_on_device(self, x)
 
     def packed(self) -> PackedEncoder:
         """The Rust encoder of this dictionary, made at the first use and again after its weights changed.
@@ -189,11 +82,9 @@ class SAE:
         Once :meth:`module` has handed the weights out it is made at every call: nobody tells when they
         change.
         """
-        from microtome.dictionary.encoding import PackedEncoder
-
         state = [(tensor.data_ptr(), tensor._version) for tensor in self.tensors.values()]
         if self._packed is None or self._packed[0] != state or self._handed_out:
-            self._packed = (state, PackedEncoder(self.tensors, self.recipe))
+            self._packed = (state, PackedEncoder(self))
         return self._packed[1]
 
     def encode_torch(self, x: Any) -> Tensor:
@@ -205,7 +96,7 @@ class SAE:
         """Reconstruction ``(n, d_out)``, float32.
 
         Args:
-            codes: :class:`microtome.SparseCodes`, or dense codes ``(n, d_sae)``.
+            codes: sparse codes of n rows, in memory or in a store (read as a whole), or dense ones ``(n, d_sae)``.
             x: the rows, where the recipe looks at them again (a skip connection, a normalisation of every
                 row).
 
@@ -218,6 +109,8 @@ class SAE:
                 "A dictionary with a skip connection or a row normalisation needs them to decode"
             )
         rows = None if x is None else self._rows(x)
+        if isinstance(codes, StoredCodes | StoredRaggedCodes):
+            codes = codes[:]
         if hasattr(codes, "to_csr"):
             if codes.d_sae != self.d_sae:
                 raise ShapeError(
@@ -244,18 +137,6 @@ class SAE:
         return SAEModule(self)
 
     # --- folds ----------------------------------------------------------------------------------------------
-
-    def fold_W_dec_norm(self) -> SAE:  # noqa: N802
-        """This dictionary with unit decoder rows; reconstructions unchanged, codes times the old norms.
-
-        Raises:
-            CheckpointError: a Top-K that does not rank by ``pre · ‖W_dec,f‖`` would choose other features.
-        """
-        return self.with_tensors(*folds.fold_W_dec_norm(self.tensors, self.recipe))
-
-    def fold_scale(self) -> SAE:
-        """This dictionary with both scales inside its weights: codes and reconstructions unchanged."""
-        return self.with_tensors(*folds.fold_scale(self.tensors, self.recipe))
 
     def to_jumprelu(self, x: Any) -> SAE:
         """A Top-K or BatchTopK dictionary as JumpReLU that keeps ``k`` features per row of ``x`` on average.
@@ -341,9 +222,11 @@ class SAE:
             UnsafeCheckpointError: a pickle that holds more than tensors.
             ShapeError: tensors that do not fit together.
         """
-        from microtome.dictionary import formats
-
-        return formats.load(Path(path), format, k).to(device)
+        held = formats.load(Path(path), format, k)
+        sae = cls(held.W_enc, held.W_dec, recipe=held.recipe, tensors=held.others)
+        sae.probe, sae.probe_targets = held.probe, held.probe_targets
+        sae.self_check()
+        return sae.to(device)
 
     def save_to_disk(self, path: str | Path, format: str = "microtome") -> Path:  # noqa: A002
         """Write this dictionary in one of the formats of :meth:`load_from_disk`.
@@ -356,8 +239,6 @@ class SAE:
         Raises:
             CheckpointError: the format has no place for this recipe.
         """
-        from microtome.dictionary import formats
-
         return formats.save(self, Path(path), format)
 
     # --- checks ---------------------------------------------------------------------------------------------

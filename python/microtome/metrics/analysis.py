@@ -136,10 +136,7 @@ def _encoding(encoder: Any) -> Encode:
     """
     if not hasattr(encoder, "d_sae") or not (callable(encoder) or hasattr(encoder, "encode")):
         raise DtypeError(f"encoder: expected an SAE or a TopKEncoder, found {type(encoder).__name__}")
-    activation = getattr(encoder, "activation", None) or getattr(
-        getattr(encoder, "recipe", None), "activation", None
-    )
-    if activation == "batch_topk":
+    if getattr(encoder, "activation", None) == "batch_topk":
         raise ShapeError(
             "encoder: expected codes of one row at a time, found batch_topk. Convert it to jump_relu"
         )

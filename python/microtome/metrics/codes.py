@@ -7,8 +7,9 @@ Both are immutable, slice by row, and convert to dense, CSR and torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from microtome import _core, tensors
 from microtome.errors import ShapeError
 
-__all__ = ["CSR", "RaggedCodes", "RowIndex", "SparseCodes"]
+__all__ = ["CSR", "CodesByBlock", "RaggedCodes", "RowIndex", "SparseCodes", "row_entries", "row_pointers"]
 
 CSR: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32], npt.NDArray[np.float32]]
 """``(indptr, indices, values)``: the entries of row ``i`` are those at ``indptr[i]:indptr[i + 1]``."""
@@ -72,7 +73,7 @@ class SparseCodes:
     def to_csr(self) -> CSR:
         """``(indptr, indices, values)`` without the empty slots."""
         filled = self.values > 0  # (n, k)
-        return _indptr(filled.sum(1)), self.indices[filled], self.values[filled]
+        return row_pointers(filled.sum(1)), self.indices[filled], self.values[filled]
 
     def to_ragged(self) -> RaggedCodes:
         """The same codes without the empty slots."""
@@ -138,9 +139,7 @@ class RaggedCodes:
 
     def __getitem__(self, rows: RowIndex) -> RaggedCodes:
         chosen = np.arange(len(self))[_row_index(rows)]  # (m,)
-        starts, counts = self.indptr[chosen], np.diff(self.indptr)[chosen]
-        indptr = _indptr(counts)
-        entries = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
+        indptr, entries = row_entries(self.indptr[chosen], np.diff(self.indptr)[chosen])
         return RaggedCodes(indptr, self.indices[entries], self.values[entries], self.d_sae)
 
     def __repr__(self) -> str:
@@ -165,6 +164,38 @@ class RaggedCodes:
         return _decode(self.to_csr(), self.d_sae, W_dec, b_dec)
 
 
+class CodesByBlock(Protocol):
+    """Codes that are read block by block: those of a store."""
+
+    @property
+    def d_sae(self) -> int:
+        """Width of the dictionary."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> SparseCodes | RaggedCodes: ...
+
+    def blocks(self, n: int = ...) -> Iterator[SparseCodes] | Iterator[RaggedCodes]:
+        """Codes of at most ``n`` rows, from the first row to the last."""
+
+
+def row_pointers(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Where rows of so many entries begin and end, (n + 1,)."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def row_entries(
+    starts: npt.NDArray[np.int64], counts: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of ``counts`` (m,) entries that begin at ``starts`` (m,), put side by side.
+
+    Returns:
+        Where each row begins and ends there, (m + 1,), and the number of every entry of theirs.
+    """
+    indptr = row_pointers(counts)
+    return indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
+
+
 def _row_index(rows: RowIndex) -> RowIndex:
     if isinstance(rows, slice):
         return rows
@@ -177,10 +208,6 @@ def _row_index(rows: RowIndex) -> RowIndex:
 def _check_width(indices: npt.NDArray[np.uint32], d_sae: int) -> None:
     if indices.size and int(indices.max()) >= d_sae:
         raise ShapeError(f"indices: expected below d_sae = {d_sae}, found {int(indices.max())}")
-
-
-def _indptr(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def _to_torch(indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32]) -> tuple[Any, Any]:

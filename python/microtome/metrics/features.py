@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
@@ -13,20 +14,23 @@ import polars as pl
 from microtome import _core
 from microtome import progress as progress_bar
 from microtome.errors import DtypeError, ShapeError
-from microtome.metrics.codes import RaggedCodes, SparseCodes
+from microtome.metrics.codes import CodesByBlock, RaggedCodes, SparseCodes
 from microtome.metrics.rowtable import By, Grouping, RowTable, grouping
 
 __all__ = ["Codes", "FeatureStats", "feature_stats", "l0", "variance_gap"]
 
-Codes: TypeAlias = SparseCodes | RaggedCodes
-"""Sparse codes with a fixed number of slots per row, or ragged ones; their fields may be torch tensors."""
+Codes: TypeAlias = SparseCodes | RaggedCodes | CodesByBlock
+"""Sparse codes with a fixed number of slots per row, or ragged ones; their fields may be torch tensors. Or stored."""
 
 CoreCodes: TypeAlias = tuple[
     "int | npt.NDArray[np.uint64]", npt.NDArray[np.uint32], npt.NDArray[np.float32], int
 ]
 
 STORED_BLOCK_ROWS = 1 << 20
-"""Rows of stored codes that are mapped at a time: enough for every thread to have blocks of the grid."""
+"""Rows of stored codes that are read at a time: enough for every thread to have blocks of the grid."""
+
+STORED_BLOCK_ENTRIES = 1 << 26
+"""Entries that these rows have on average, at most: 512 MiB of indices and values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,13 +187,14 @@ def l0(codes: FeatureStats | Codes) -> float:
 
 
 def core_codes(codes: Codes, name: str = "codes") -> CoreCodes:
-    """Codes as the core takes them: row pointers or slots per row, indices, values, width.
+    """Codes as the core takes them: row pointers or slots per row, indices, values, width. Stored ones as a whole.
 
     Raises:
         DtypeError: indices that are not integers, or activations that are not floating point.
         ShapeError: no slots, or shapes that differ.
     """
-    indices, values = _host(codes.indices), _host(codes.values)
+    held: Any = codes[:] if hasattr(codes, "blocks") else codes
+    indices, values = _host(held.indices), _host(held.values)
     if indices.dtype.kind not in "iu":
         raise DtypeError(f"{name}.indices: expected integers, found {indices.dtype}")
     if indices.dtype.kind == "i" and indices.size and int(indices.min()) < 0:
@@ -200,7 +205,7 @@ def core_codes(codes: Codes, name: str = "codes") -> CoreCodes:
         raise DtypeError(f"{name}.values: expected float32, found {values.dtype}")
     flat = np.ascontiguousarray(indices, np.uint32).reshape(-1)
     activations = np.ascontiguousarray(values, np.float32).reshape(-1)
-    indptr = getattr(codes, "indptr", None)
+    indptr = getattr(held, "indptr", None)
     if indptr is None and (indices.ndim != 2 or indices.shape != values.shape):
         raise ShapeError(
             f"{name}: expected indices and values (n, k), found {indices.shape} and {values.shape}"
@@ -228,13 +233,19 @@ def n_rows(codes: Codes | Any, name: str = "codes") -> int:
 def code_blocks(codes: Codes | Any) -> Iterator[tuple[slice, CoreCodes]]:
     """Codes as the core takes them, and the rows they cover: memory at once, a store block by block."""
     if not hasattr(codes, "blocks"):
-        core = core_codes(codes)
-        yield slice(0, len(codes)), core
+        yield slice(0, len(codes)), core_codes(codes)
         return
     start = 0
-    for block in codes.blocks(STORED_BLOCK_ROWS):
+    for block in codes.blocks(stored_block_rows(codes)):
         yield slice(start, start + len(block)), core_codes(block)
         start += len(block)
+
+
+def stored_block_rows(codes: Any) -> int:
+    """Rows of stored codes to read at a time, by their mean number of entries; whole blocks of the FVU's grid."""
+    per_row = math.prod(codes.indices.shape) / len(codes)
+    rows = min(STORED_BLOCK_ROWS, int(STORED_BLOCK_ENTRIES / max(per_row, 1)))
+    return max(rows // _core.FVU_BLOCK_ROWS, 1) * _core.FVU_BLOCK_ROWS
 
 
 def offset(done: Callable[[int], None], first: int) -> Callable[[int], None]:

@@ -106,7 +106,7 @@ def frequency_gap(
     ]
     numbers = _numbered(names, shared)
     gap, error, low, high = _core.frequency_gap(
-        _whole(spatial), numbers[0], _whole(base), numbers[1], replicates, level, seed, shared
+        core_codes(spatial), numbers[0], core_codes(base), numbers[1], replicates, level, seed, shared
     )
     return FrequencyGap(gap, error, low, high, level, (names[0].n_unique(), names[1].n_unique()))
 
@@ -122,9 +122,3 @@ def _numbered(names: list[pl.Series], shared: bool) -> list[tuple[npt.NDArray[np
         raise ShapeError("cluster: expected a cluster in every row, found null")
     total = [int(both.max())] * 2 if both is not None else [int(r.max()) for r in ranks]  # type: ignore[arg-type]
     return [(r.to_numpy().astype(np.uint32) - np.uint32(1), n) for r, n in zip(ranks, total, strict=True)]
-
-
-def _whole(
-    codes: Codes,
-) -> tuple[int | npt.NDArray[np.uint64], npt.NDArray[np.uint32], npt.NDArray[np.float32], int]:
-    return core_codes(codes[:] if hasattr(codes, "blocks") else codes)

@@ -72,7 +72,7 @@ def sample_fires(codes: Codes, rows: RowTable) -> SampleFires:
         array([1, 0], dtype=uint64)
     """
     n = n_rows(codes)
-    core = core_codes(codes[:] if hasattr(codes, "blocks") else codes)
+    core = core_codes(codes)
     table = columns(rows, [pl.col("sample")], n)
     samples, _ = sample_numbers(table["sample"])
     order = np.argsort(samples, kind="stable").astype(np.uint64)

@@ -6,7 +6,8 @@ format.
 """
 
 from microtome.store.activations import Activations
-from microtome.store.codes import CodesWriter, StoredCodes
+from microtome.store.codes import StoredCodes, StoredRaggedCodes
+from microtome.store.codes_writer import CodesWriter
 from microtome.store.reading import ActivationStore
 
-__all__ = ["ActivationStore", "Activations", "CodesWriter", "StoredCodes"]
+__all__ = ["ActivationStore", "Activations", "CodesWriter", "StoredCodes", "StoredRaggedCodes"]

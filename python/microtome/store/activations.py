@@ -12,12 +12,13 @@ import polars as pl
 
 from microtome import _core, tensors
 from microtome.errors import DtypeError, ShapeError
+from microtome.store.places import places
 from microtome.store.tables import PLACE, ROW, ordered_join, row_schema, selected
 
 if TYPE_CHECKING:
     from microtome.store.reading import ActivationStore
 
-__all__ = ["Activations", "places", "without_damage"]
+__all__ = ["Activations", "without_damage"]
 
 
 class Activations:
@@ -187,26 +188,3 @@ def without_damage(selection: _core.Selection) -> tuple[_core.Selection, npt.NDA
     skipped = np.unique(np.concatenate([np.arange(start, stop, dtype=np.uint64) for start, stop in damaged]))
     sound = np.setdiff1d(np.arange(len(selection), dtype=np.uint64), skipped, assume_unique=True)
     return selection.take(sound), skipped
-
-
-def places(rows: Any, n: int) -> npt.NDArray[np.uint64]:
-    """Row numbers, a slice or a mask as places in ``0..n``.
-
-    Raises:
-        ShapeError: out of range, or a mask of another length.
-    """
-    if isinstance(rows, slice):
-        return np.arange(*rows.indices(n), dtype=np.int64).astype(np.uint64)
-    values = np.atleast_1d(np.asarray(rows))
-    if values.ndim != 1 or (values.size and values.dtype.kind not in "iub"):
-        raise ShapeError(
-            f"rows: expected a slice, row numbers or a mask, found {values.dtype} {values.shape}"
-        )
-    if values.dtype.kind == "b":
-        if len(values) != n:
-            raise ShapeError(f"rows: expected a mask of {n} rows, found {len(values)}")
-        return np.flatnonzero(values).astype(np.uint64)
-    wrong = (values >= n) | (values < -n) if values.dtype.kind == "i" else values >= n
-    if wrong.any():
-        raise ShapeError(f"rows: expected numbers below {n}, found {values[wrong][0]}")
-    return np.ascontiguousarray(np.where(values < 0, values + n, values).astype(np.uint64))

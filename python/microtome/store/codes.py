@@ -1,4 +1,4 @@
-"""Sparse codes on disk: a store of their own below the activations they came from, with the same promises."""
+"""Sparse codes on disk, read: a store of their own below the activations they came from, with the same promises."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from microtome import _core
 from microtome.errors import ShapeError, StoreError
-from microtome.store.activations import places
+from microtome.metrics.codes import RaggedCodes, SparseCodes, row_entries, row_pointers
+from microtome.store.places import places
 
-if TYPE_CHECKING:
-    from microtome.metrics import SparseCodes
-    from microtome.store.activations import Activations
-    from microtome.store.reading import ActivationStore
-
-__all__ = ["CODES", "CodesWriter", "StoredCodes", "codes_folder"]
+__all__ = ["CODES", "StoredCodes", "StoredRaggedCodes", "codes_folder", "open_codes"]
 
 CODES = "codes"
 """Folder of codes in a store of activations."""
@@ -38,13 +33,31 @@ def codes_folder(store: Path, name: str) -> Path:
     return store / CODES / name
 
 
+def open_codes(path: Path, verify: str = "first", backend: str = "mmap") -> StoredCodes | StoredRaggedCodes:
+    """The codes in the folder ``path``, fixed-k or ragged as they were written.
+
+    Raises:
+        StoreError: no store there, or one that holds something else.
+    """
+    reader = _core.StoreReader(str(path), verify, backend)
+    (_, space, columns), *others = reader.hooks
+    names = [name for name, _, _ in columns]
+    if not others and (space, names) == ("tokens", ["indices", "values"]):
+        return StoredCodes(reader)
+    if not others and (space, names) == ("entries", ["values"]):
+        return StoredRaggedCodes(reader)
+    raise StoreError(f"not sparse codes: {path}: expected indices and values, found {', '.join(names)}")
+
+
 class StoredColumn:
-    """One tensor of stored codes, (n, k): reads as NumPy, without a copy where rows lie side by side."""
+    """One tensor of stored codes: reads as NumPy, without a copy where rows lie side by side."""
 
     def __init__(self, selection: _core.Selection) -> None:
         self._rows = selection
-        self.shape = (len(selection), selection.width or 1)
-        """Rows and slots, (n, k)."""
+        self.shape: tuple[int, ...] = (len(selection),)
+        """Rows and slots, (n, k); or entries, (n_entries,)."""
+        if selection.width is not None:
+            self.shape += (selection.width,)
         self.dtype = np.dtype(selection.dtype)
         """Element type."""
 
@@ -59,34 +72,19 @@ class StoredColumn:
         return np.asarray(chosen.read(0, len(chosen)))
 
 
-class StoredCodes:
-    """Sparse codes of a selection of a store. Slices are :class:`~microtome.metrics.SparseCodes`.
+class _Stored:
+    """What fixed-k and ragged codes have in common."""
 
-    Example:
-        >>> codes = store.codes("topk")                                  # doctest: +SKIP
-        >>> codes[:100].to_dense().shape                                 # doctest: +SKIP
-        (100, 16384)
-    """
-
-    def __init__(self, path: Path, verify: str = "first", backend: str = "mmap") -> None:
-        self._reader = _core.StoreReader(str(path), verify, backend)
-        (self.hook, _, _), *_ = self._reader.hooks
-        self.facts: dict[str, Any] = json.loads(self._reader.facts)
+    def __init__(self, reader: _core.StoreReader) -> None:
+        self._reader = reader
+        (self.hook, _, _), *_ = reader.hooks
+        self.facts: dict[str, Any] = json.loads(reader.facts)
         """Hook, width and fingerprint of the dictionary, fingerprint of the store of activations."""
-        self.indices = StoredColumn(self._reader.hook(self.hook, "indices"))
-        """Feature of each slot, uint32 (n, k)."""
-        self.values = StoredColumn(self._reader.hook(self.hook, "values"))
-        """Activation of each slot, float32 (n, k); 0 where nothing fired."""
 
     @property
     def d_sae(self) -> int:
         """Width of the dictionary."""
         return int(self.facts["d_sae"])
-
-    @property
-    def k(self) -> int:
-        """Slots per row."""
-        return self.indices.shape[1]
 
     @property
     def fingerprint(self) -> str:
@@ -99,6 +97,32 @@ class StoredCodes:
         rows = self._reader.row_column("tokens", "row")
         return np.asarray(rows.read(0, len(rows)))
 
+    def verify(self) -> list[str]:
+        """Check every byte: one line per problem, empty when sound."""
+        return self._reader.verify()
+
+
+class StoredCodes(_Stored):
+    """Sparse codes of a selection of a store. Slices are :class:`~microtome.metrics.SparseCodes`.
+
+    Example:
+        >>> codes = store.codes("topk")                                  # doctest: +SKIP
+        >>> codes[:100].to_dense().shape                                 # doctest: +SKIP
+        (100, 16384)
+    """
+
+    def __init__(self, reader: _core.StoreReader) -> None:
+        super().__init__(reader)
+        self.indices = StoredColumn(reader.hook(self.hook, "indices"))
+        """Feature of each slot, uint32 (n, k)."""
+        self.values = StoredColumn(reader.hook(self.hook, "values"))
+        """Activation of each slot, float32 (n, k); 0 where nothing fired."""
+
+    @property
+    def k(self) -> int:
+        """Slots per row."""
+        return self.indices.shape[1]
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -106,93 +130,107 @@ class StoredCodes:
         return f"StoredCodes({self.hook!r}, n={len(self)}, k={self.k}, d_sae={self.d_sae})"
 
     def __getitem__(self, rows: Any) -> SparseCodes:
-        from microtome.metrics import SparseCodes
-
         return SparseCodes(self.indices[rows], self.values[rows], self.d_sae)
 
     def blocks(self, n: int = 65_536) -> Iterator[SparseCodes]:
         """Codes of at most ``n`` rows, from the first row to the last."""
-        if n < 1:
-            raise ShapeError(f"n: expected at least 1 row per block, found {n}")
-        for start in range(0, len(self), n):
+        for start in range(0, len(self), _checked(n)):
             yield self[start : start + n]
 
-    def verify(self) -> list[str]:
-        """Check every byte: one line per problem, empty when sound."""
-        return self._reader.verify()
 
+class StoredRaggedCodes(_Stored):
+    """Ragged codes of a selection of a store. Slices are :class:`~microtome.metrics.RaggedCodes`.
 
-class CodesWriter:
-    """Writes codes block by block, resuming an earlier writer; see :meth:`ActivationStore.write_codes`.
+    Where a row's entries begin is the sum of :attr:`fires` in front of it. The manifest has that sum for every step,
+    so a slice reads the counts of its own step and rows alone, and nothing is held per row of the store.
 
-    Leaving the ``with`` block commits what was appended; an exception drops what is not committed.
+    Example:
+        >>> codes = store.codes("jumprelu")                              # doctest: +SKIP
+        >>> codes[:100].to_dense().shape                                 # doctest: +SKIP
+        (100, 16384)
     """
 
-    def __init__(
-        self,
-        store: ActivationStore,
-        name: str,
-        acts: Activations,
-        *,
-        k: int,
-        d_sae: int,
-        dictionary: str,
-        step_rows: int,
-    ) -> None:
-        facts = {
-            "kind": "sparse codes",
-            "hook": acts.hook,
-            "space": acts.space,
-            "d_sae": d_sae,
-            "dictionary": dictionary,
-            "store": store.fingerprint,
-        }
-        self._rows = acts.row_numbers
-        self._d_sae = d_sae
-        self._step_rows = step_rows
-        folder = str(codes_folder(store.path, name))
-        self._writer = _core.CodesWriter(folder, hook=acts.hook, k=k, facts=json.dumps(facts))
-        self._committed = self._written = self._writer.n_rows
+    def __init__(self, reader: _core.StoreReader) -> None:
+        super().__init__(reader)
+        self.fires = StoredColumn(reader.row_column("tokens", "fires"))
+        """Number of entries of each row, uint32 (n,)."""
+        self.indices = StoredColumn(reader.row_column("entries", "indices"))
+        """Feature of each entry, row after row, uint32 (n_entries,)."""
+        self.values = StoredColumn(reader.hook(self.hook, "values"))
+        """Activation of each entry, float32 (n_entries,)."""
+        steps = reader.steps
+        self._rows, self._entries = (
+            row_pointers(np.array([step[space] for step in steps], np.int64))
+            for space in ("tokens", "entries")
+        )
 
     @property
-    def n_rows(self) -> int:
-        """Rows written so far, those of an earlier run included: encode from this one on."""
-        return self._written
+    def indptr(self) -> npt.NDArray[np.int64]:
+        """Where each row begins and ends, (n + 1,): 8 bytes a row, which slices and blocks do without."""
+        return row_pointers(self.fires[:])
 
-    def append(self, codes: SparseCodes) -> None:
-        """Append the codes of the next rows.
+    def __len__(self) -> int:
+        return len(self.fires)
 
-        Raises:
-            ShapeError: more rows than the selection has, another ``k`` or another ``d_sae``.
-        """
-        if codes.d_sae != self._d_sae:
-            raise ShapeError(f"codes: expected d_sae {self._d_sae}, found {codes.d_sae}")
-        end = self._written + len(codes.indices)
-        if end > len(self._rows):
-            raise ShapeError(f"codes: expected {len(self._rows)} rows in all, found {end}")
-        rows = self._rows[self._written : end]
-        self._writer.append(rows, np.ascontiguousarray(codes.indices), np.ascontiguousarray(codes.values))
-        self._written = end
-        if self._written - self._committed >= self._step_rows:
-            self.commit()
+    def __repr__(self) -> str:
+        entries = len(self.indices)
+        return f"StoredRaggedCodes({self.hook!r}, n={len(self)}, entries={entries}, d_sae={self.d_sae})"
 
-    def commit(self) -> None:
-        """Commit what has been appended."""
-        self._writer.commit()
-        self._committed = self._written
+    def __getitem__(self, rows: Any) -> RaggedCodes:
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            start, stop, _ = rows.indices(len(self))
+            return self._side_by_side(start, stop, self._first_entry(start))
+        chosen = places(rows, len(self)).astype(np.int64)  # (m,)
+        indptr, entries = row_entries(self._first_entries(chosen), self.fires[chosen])
+        return RaggedCodes(indptr, self.indices[entries], self.values[entries], self.d_sae)
 
-    def close(self) -> None:
-        """Drop what is not committed and release the codes."""
-        self._writer.close()
+    def blocks(self, n: int = 65_536) -> Iterator[RaggedCodes]:
+        """Codes of at most ``n`` rows, from the first row to the last; a block is all that is held."""
+        first = 0
+        for start in range(0, len(self), _checked(n)):
+            block = self._side_by_side(start, min(start + n, len(self)), first)
+            first += len(block.indices)
+            yield block
 
-    def __enter__(self) -> CodesWriter:
-        return self
+    def verify(self) -> list[str]:
+        """Check every byte, and that rows and entries are in step: one line per problem, empty when sound."""
+        return super().verify() or [
+            f"step {step:06}: expected {end - first} entries, found rows with {fires}"
+            for step, (first, end) in enumerate(zip(self._entries, self._entries[1:], strict=False))
+            if (fires := int(self._fires_of(step).sum())) != end - first
+        ]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.commit()
-        finally:
-            self.close()
+    def _side_by_side(self, start: int, stop: int, first: int) -> RaggedCodes:
+        """The rows ``start..stop``, whose entries begin at ``first``."""
+        indptr = row_pointers(self.fires[start:stop])
+        end = first + int(indptr[-1])
+        if end > len(self.indices):
+            raise StoreError(
+                f"rows and entries out of step: {self._reader.path}: expected {end} entries at row {stop}, "
+                f"found {len(self.indices)}"
+            )
+        return RaggedCodes(indptr, self.indices[first:end], self.values[first:end], self.d_sae)
+
+    def _fires_of(self, step: int) -> npt.NDArray[np.uint32]:
+        return self.fires[self._rows[step] : self._rows[step + 1]]
+
+    def _first_entry(self, row: int) -> int:
+        step = int(np.searchsorted(self._rows, row, "right")) - 1
+        return int(self._entries[step]) + int(self.fires[self._rows[step] : row].sum())
+
+    def _first_entries(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the entries of each of ``rows`` begin, (m,); the counts of one step in memory at a time."""
+        first = np.empty(len(rows), np.int64)
+        step = np.searchsorted(self._rows, rows, "right") - 1
+        order = np.argsort(step, kind="stable")
+        edges = np.flatnonzero(np.diff(step[order])) + 1
+        for here in np.split(order, edges) if len(rows) else ():
+            s = int(step[here[0]])
+            first[here] = self._entries[s] + row_pointers(self._fires_of(s))[rows[here] - self._rows[s]]
+        return first
+
+
+def _checked(n: int) -> int:
+    if n < 1:
+        raise ShapeError(f"n: expected at least 1 row per block, found {n}")
+    return n

@@ -15,7 +15,8 @@ from microtome import _core
 from microtome.errors import HookError, ShapeError
 from microtome.progress import bar
 from microtome.store.activations import Activations, without_damage
-from microtome.store.codes import CODES, CodesWriter, StoredCodes, codes_folder
+from microtome.store.codes import CODES, StoredCodes, StoredRaggedCodes, codes_folder, open_codes
+from microtome.store.codes_writer import CodesWriter
 from microtome.store.tables import ROW, row_frame, sample_frame
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class ActivationStore:
         if on_corrupt not in ("error", "skip"):
             raise ShapeError(f"on_corrupt: expected 'error' or 'skip', found {on_corrupt!r}")
         self._reader = _core.StoreReader(os.fspath(path), verify, backend)
-        self._skips = on_corrupt == "skip"
+        self._verify, self._skips = verify, on_corrupt == "skip"
         if backend != self.backend:
             warnings.warn(
                 f"backend: expected direct I/O on the file system of {self.path}, found none. "
@@ -195,16 +196,22 @@ class ActivationStore:
         folder = self.path / CODES
         return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
-    def codes(self, name: str) -> StoredCodes:
-        """Sparse codes stored under ``name``."""
-        return StoredCodes(codes_folder(self.path, name))
+    def codes(self, name: str) -> StoredCodes | StoredRaggedCodes:
+        """Sparse codes stored under ``name``: with ``k`` slots per row, or ragged, as they were written.
+
+        They are reached and checked as this store is; damage is an error at its first touch, and never skipped.
+
+        Raises:
+            StoreError: no codes of that name.
+        """
+        return open_codes(codes_folder(self.path, name), self._verify, self.backend)
 
     def write_codes(
         self,
         name: str,
         hook: str | Activations,
         *,
-        k: int,
+        k: int | None = None,
         d_sae: int,
         dictionary: str,
         step_rows: int = 65_536,
@@ -214,15 +221,22 @@ class ActivationStore:
         Args:
             name: folder name of the codes: letters, digits and ``._-``.
             hook: hook name, or the selection that is encoded.
-            k: slots per row.
+            k: slots per row; None for ragged codes, as many entries per row as fire (JumpReLU, ReLU, Batch Top-K).
+                :attr:`microtome.SAE.slots` says which a dictionary gives.
             d_sae: width of the dictionary.
             dictionary: fingerprint of the dictionary.
             step_rows: rows per commit; what is not committed is lost when the process dies.
 
+        Raises:
+            StoreError: codes of that name are of another dictionary, hook or ``k``.
+            LockedError: another writer is at them.
+
         Example:
-            >>> with store.write_codes("topk", acts, k=32, d_sae=16384, dictionary=sae.fingerprint) as out:
+            >>> facts = {"k": sae.slots, "d_sae": sae.d_sae, "dictionary": sae.fingerprint()}  # doctest: +SKIP
+            >>> with store.write_codes("mine", acts, **facts) as out:               # doctest: +SKIP
             ...     for block in acts.take(slice(out.n_rows, None)).blocks():       # goes on where it stopped
-            ...         out.append(encoder(block))                                  # doctest: +SKIP
+            ...         out.append(sae.encode(block))                               # doctest: +SKIP
         """
         acts = self[hook] if isinstance(hook, str) else hook
-        return CodesWriter(self, name, acts, k=k, d_sae=d_sae, dictionary=dictionary, step_rows=step_rows)
+        folder = codes_folder(self.path, name)
+        return CodesWriter(folder, acts, k=k, d_sae=d_sae, dictionary=dictionary, step_rows=step_rows)

@@ -70,9 +70,7 @@ pub fn encode(encoder: &Encoder, source: &dyn Source, context: &Context<'_>) -> 
     let codes = match encoder.activation() {
         Activation::TopK(k) => run.slots(k)?,
         Activation::BatchTopK(k) => run.batch(k)?,
-        Activation::JumpRelu | Activation::Relu => {
-            joined(&run.list(Wanted::Above, |block| Part::of(&block))?)
-        }
+        Activation::JumpRelu | Activation::Relu => ragged(run.list(Wanted::Above)?),
     };
     let effort = *run.effort.lock().unwrap_or_else(PoisonError::into_inner);
     Ok((codes, effort))
@@ -105,10 +103,9 @@ impl Run<'_> {
         Ok(Codes::Slots { indices, values })
     }
 
-    /// What `keep` takes from the entries of each block.
-    fn list<T: Send>(&self, wanted: Wanted, keep: impl Fn(RaggedBlock) -> T + Sync) -> Result<Vec<T>> {
+    fn list<T: From<RaggedBlock> + Send>(&self, wanted: Wanted) -> Result<Vec<T>> {
         map_blocks(self.source, spread(self.source.n_rows(), RAGGED_ROWS), self.context, |rows, first| {
-            self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work)).map(&keep)
+            self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work)).map(T::from)
         })
     }
 
@@ -123,9 +120,9 @@ impl Run<'_> {
         })?;
         let least = batch_threshold(ranks.concat(), k * n);
         self.context.done.store(0, Ordering::Relaxed);
-        let mut blocks = self.list(Wanted::AtLeast(least), |block| block)?;
+        let mut blocks = self.list(Wanted::AtLeast(least))?;
         trim(&mut blocks, k * n);
-        Ok(joined(&blocks.iter().map(Part::of).collect::<Vec<_>>()))
+        Ok(ragged(blocks.into_iter().map(Listed::from).collect()))
     }
 
     fn with_workspace<T>(&self, rows: Rows<'_>, work: impl FnOnce(&mut Workspace) -> Result<T>) -> Result<T> {
@@ -139,32 +136,38 @@ impl Run<'_> {
     }
 }
 
-/// Codes of a block, a third of the size of its entries with their ranks in f64.
-struct Part {
+/// What is kept of a block until all are there: 8 bytes an entry, a third of a [`RaggedBlock`].
+struct Listed {
     counts: Vec<u32>,
     indices: Vec<u32>,
     values: Vec<f32>,
 }
 
-impl Part {
-    fn of(block: &RaggedBlock) -> Self {
+impl From<RaggedBlock> for Listed {
+    fn from(block: RaggedBlock) -> Self {
         Self {
-            counts: block.counts.clone(),
             indices: block.entries.iter().map(|e| e.feature).collect(),
             values: block.entries.iter().map(|e| e.activation as f32).collect(),
+            counts: block.counts,
         }
     }
 }
 
-fn joined(parts: &[Part]) -> Codes {
+/// Joins blocks; each is dropped as soon as it is copied.
+fn ragged(blocks: Vec<Listed>) -> Codes {
+    let entries = blocks.iter().map(|b| b.indices.len()).sum();
+    let rows: usize = blocks.iter().map(|b| b.counts.len()).sum();
+    let mut indptr = Vec::with_capacity(rows + 1);
+    let (mut indices, mut values) = (Vec::with_capacity(entries), Vec::with_capacity(entries));
+    indptr.push(0);
     let mut end = 0;
-    let ends = parts.iter().flat_map(|p| &p.counts).map(|count| {
-        end += i64::from(*count);
-        end
-    });
-    Codes::Ragged {
-        indptr: std::iter::once(0).chain(ends).collect(),
-        indices: parts.iter().map(|p| &p.indices[..]).collect::<Vec<_>>().concat(),
-        values: parts.iter().map(|p| &p.values[..]).collect::<Vec<_>>().concat(),
+    for block in blocks {
+        for count in &block.counts {
+            end += i64::from(*count);
+            indptr.push(end);
+        }
+        indices.extend_from_slice(&block.indices);
+        values.extend_from_slice(&block.values);
     }
+    Codes::Ragged { indptr, indices, values }
 }

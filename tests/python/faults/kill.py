@@ -50,7 +50,12 @@ def write(path: Path, report: Callable[[int], None], *, early: bool = False) -> 
 
 
 def run_and_kill(
-    path: Path, delay: float | None, *, early: bool = False, fail_at: str | None = None
+    path: Path,
+    delay: float | None,
+    *,
+    early: bool = False,
+    fail_at: str | None = None,
+    write: Callable[..., None] = write,
 ) -> tuple[int, bool]:
     """Run a child and kill it ``delay`` seconds after it opened the store: (last reported step, finished)."""
     read_end, write_end = os.pipe()
@@ -99,18 +104,26 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-def kill_until(kills: int, folder: Path, seed: int, *, early: bool = False) -> tuple[int, list[str]]:
+def kill_until(
+    kills: int,
+    folder: Path,
+    seed: int,
+    *,
+    early: bool = False,
+    write: Callable[..., None] = write,
+    broken_promise: Callable[[Path, int], str | None] = broken_promise,
+) -> tuple[int, list[str]]:
     """Kill children at random moments, over as many stores as it takes. (Kills, broken promises.)"""
     dice = random.Random(seed)
     begin = time.perf_counter()
-    run_and_kill(folder / "whole", None)
+    run_and_kill(folder / "whole", None, write=write)
     duration, whole = time.perf_counter() - begin, files(folder / "whole")
     done, broken, store = 0, [], 0
     while done < kills:
         path, finished = folder / str(store), False
         while not finished:
             delay = dice.uniform(0, duration) * dice.choice([0.1, 0.3, 1.0]) if done < kills else None
-            reported, finished = run_and_kill(path, delay, early=early)
+            reported, finished = run_and_kill(path, delay, early=early, write=write)
             done += not finished
             if problem := broken_promise(path, reported):
                 broken.append(problem)

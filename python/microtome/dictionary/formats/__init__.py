@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 from microtome.dictionary.formats import (
     circuit_tracer,
@@ -25,10 +25,8 @@ from microtome.dictionary.formats import (
     sparsify,
 )
 from microtome.dictionary.formats.files import PROBE_FILE, Checkpoint, checkpoints, write_safetensors
+from microtome.dictionary.parameters import Parameters
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 __all__ = ["FORMATS", "detect", "load", "save"]
 
@@ -41,10 +39,10 @@ class Format(Protocol):
     def matches(self, checkpoint: Checkpoint) -> bool:
         """Whether keys and shapes are this source's."""
 
-    def read(self, checkpoint: Checkpoint, k: int | None) -> SAE:
+    def read(self, checkpoint: Checkpoint, k: int | None) -> Parameters:
         """The dictionary in this checkpoint."""
 
-    def write(self, sae: SAE, path: Path) -> Path:
+    def write(self, sae: Parameters, path: Path) -> Path:
         """Write ``sae`` into the folder ``path``; the weights file."""
 
 
@@ -81,7 +79,7 @@ def detect(checkpoint: Checkpoint) -> str | None:
     return fitting[0] if fitting else None
 
 
-def load(path: Path, format_name: str | None, k: int | None) -> SAE:
+def load(path: Path, format_name: str | None, k: int | None) -> Parameters:
     """See :meth:`microtome.SAE.load_from_disk`."""
     if format_name is not None and format_name not in FORMATS:
         raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {format_name!r}")
@@ -102,11 +100,10 @@ def load(path: Path, format_name: str | None, k: int | None) -> SAE:
         raise CheckpointError(_unknown(path, told, format_name))
     sae = FORMATS[name].read(checkpoint, k)
     _attach_probe(sae, checkpoint.path.parent / PROBE_FILE)
-    sae.self_check()
     return sae
 
 
-def save(sae: SAE, path: Path, format_name: str) -> Path:
+def save(sae: Parameters, path: Path, format_name: str) -> Path:
     """See :meth:`microtome.SAE.save_to_disk`."""
     if format_name not in FORMATS:
         raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {format_name!r}")
@@ -121,7 +118,7 @@ def save(sae: SAE, path: Path, format_name: str) -> Path:
     return written
 
 
-def _attach_probe(sae: SAE, file: Path) -> None:
+def _attach_probe(sae: Parameters, file: Path) -> None:
     if sae.probe is None and file.is_file():
         (content, metadata) = Checkpoint(file, {}).contents
         sae.probe = content["probe"].float()

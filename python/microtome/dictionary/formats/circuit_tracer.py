@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from microtome.dictionary.formats.files import Checkpoint, write_safetensors
 from microtome.dictionary.formats.plain import layer_of, plain
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "circuit_tracer"
 
@@ -36,15 +33,13 @@ def matches(checkpoint: Checkpoint) -> bool:
     )
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The transcoder."""
-    from microtome.dictionary.sae import SAE
-
     tensors = {"W_skip": checkpoint.tensor("W_skip")} if checkpoint.has("W_skip") else {}
     if checkpoint.has(_THRESHOLD):
         tensors["threshold"] = checkpoint.tensor(_THRESHOLD)
     layer = re.search(r"layer_(\d+)", checkpoint.path.name)
-    return SAE(
+    return Parameters(
         checkpoint.tensor("W_enc").T,
         checkpoint.tensor("W_dec"),
         checkpoint.tensor("b_enc"),
@@ -59,7 +54,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     )
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """ReLU, JumpReLU, or BatchTopK with a threshold."""
     made = plain(sae, NAME, ("relu", "jumprelu", "batch_topk"), apply_b_dec_to_input=False)
     if made.recipe.activation == "batch_topk" and made.threshold is None:

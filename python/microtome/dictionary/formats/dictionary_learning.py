@@ -8,17 +8,15 @@ The class is in the configuration alone: Top-K and BatchTopK files have the same
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from microtome.dictionary.formats.files import Checkpoint, write_json, write_pickle
 from microtome.dictionary.formats.plain import layer_of, plain, refuse_transcoder
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Activation, Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "dictionary_learning"
 
@@ -39,10 +37,8 @@ def matches(checkpoint: Checkpoint) -> bool:
     return cfg is not None and isinstance(cfg["trainer"], dict) and "dict_class" in cfg["trainer"]
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The dictionary, with a backup's norm factor as its scale."""
-    from microtome.dictionary.sae import SAE
-
     trainer = (checkpoint.config("trainer") or {}).get("trainer", {})
     name = trainer.get("dict_class")
     if name not in _CLASSES:
@@ -65,7 +61,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     )
     if activation not in ("topk", "batch_topk"):
         recipe = recipe.replace(k=None)
-    return SAE(*state.matrices(), recipe=recipe, tensors=state.vectors(activation))
+    return Parameters(*state.matrices(), recipe=recipe, tensors=state.vectors(activation))
 
 
 class _State:
@@ -110,7 +106,7 @@ def _hook(trainer: dict[str, Any]) -> str | None:
     return None if layer is None else f"blocks.{layer}.hook_resid_post"
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """As the class that has this activation; a BatchTopK threshold must be one number."""
     refuse_transcoder(sae, NAME)
     names = {activation: name for name, (activation, _) in reversed(_CLASSES.items())}
@@ -131,7 +127,7 @@ def write(sae: SAE, path: Path) -> Path:
     return write_pickle(path / "ae.pt", state)
 
 
-def _state(sae: SAE) -> dict[str, torch.Tensor]:
+def _state(sae: Parameters) -> dict[str, torch.Tensor]:
     tensors, activation = sae.tensors, sae.recipe.activation
     if activation == "jumprelu":
         return dict(tensors)

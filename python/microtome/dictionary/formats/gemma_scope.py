@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from microtome.dictionary.formats.files import Checkpoint, write_npz
 from microtome.dictionary.formats.plain import plain, refuse_transcoder
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 __all__ = ["NAME", "matches", "read", "thresholded", "write"]
 
@@ -27,26 +24,24 @@ def matches(checkpoint: Checkpoint) -> bool:
     )
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The dictionary, or the transcoder where the widths differ."""
-    from microtome.dictionary.sae import SAE
-
     names = ("W_enc", "W_dec", "b_enc", "b_dec")
-    return SAE(
+    return Parameters(
         *(checkpoint.tensor(name) for name in names),
         recipe=Recipe(activation="jumprelu", source=NAME),
         tensors={"threshold": checkpoint.tensor("threshold")},
     )
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """JumpReLU, BatchTopK with a threshold, or ReLU as a threshold of zero."""
     refuse_transcoder(sae, NAME)
     made = plain(sae, NAME, ("jumprelu", "batch_topk", "relu"), apply_b_dec_to_input=False)
     return write_npz(path / "params.npz", thresholded(made, NAME))
 
 
-def thresholded(sae: SAE, form: str) -> dict[str, torch.Tensor]:
+def thresholded(sae: Parameters, form: str) -> dict[str, torch.Tensor]:
     """The tensors with a threshold: the dictionary's, or zeros for a ReLU."""
     if sae.threshold is None and sae.recipe.activation != "relu":
         raise CheckpointError(

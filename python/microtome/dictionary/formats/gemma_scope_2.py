@@ -6,16 +6,13 @@ The skip connection is stored ``(d_in, d_out)`` and transposed here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from microtome.dictionary.formats.files import Checkpoint, write_json, write_safetensors
 from microtome.dictionary.formats.gemma_scope import thresholded
 from microtome.dictionary.formats.plain import plain
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "gemma_scope_2"
 
@@ -27,10 +24,8 @@ def matches(checkpoint: Checkpoint) -> bool:
     return checkpoint.has("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The dictionary or transcoder; cross-layer decoders ``(d_sae, layers, d_out)`` are refused."""
-    from microtome.dictionary.sae import SAE
-
     cfg = checkpoint.config("architecture") or {"architecture": "jump_relu"}
     if cfg["architecture"] != "jump_relu" or checkpoint.tensor("w_dec").ndim != 2:
         raise CheckpointError(
@@ -40,7 +35,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     tensors = {"threshold": checkpoint.tensor("threshold")}
     if checkpoint.has(_SKIP):
         tensors["W_skip"] = checkpoint.tensor(_SKIP).T
-    return SAE(
+    return Parameters(
         checkpoint.tensor("w_enc"),
         checkpoint.tensor("w_dec"),
         checkpoint.tensor("b_enc"),
@@ -56,7 +51,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     )
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """JumpReLU, BatchTopK with a threshold, or ReLU as a threshold of zero."""
     made = plain(sae, NAME, ("jumprelu", "batch_topk", "relu"), apply_b_dec_to_input=False)
     tensors = {name.replace("W_", "w_"): tensor for name, tensor in thresholded(made, NAME).items()}

@@ -6,14 +6,11 @@ ReLU; ``b_dec`` is not subtracted from the input.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from microtome.dictionary.formats.files import Checkpoint, write_pickle
 from microtome.dictionary.formats.plain import plain, refuse_transcoder
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "goodfire"
 
@@ -26,16 +23,14 @@ def matches(checkpoint: Checkpoint) -> bool:
     return checkpoint.has(*_NAMES.values())
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The ReLU dictionary."""
-    from microtome.dictionary.sae import SAE
-
     matrices = (checkpoint.tensor(name).T for name in _NAMES.values())
     biases = {ours: checkpoint.tensor(theirs) for ours, theirs in _BIASES.items()}
-    return SAE(*matrices, recipe=Recipe(activation="relu", source=NAME), tensors=biases)
+    return Parameters(*matrices, recipe=Recipe(activation="relu", source=NAME), tensors=biases)
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """A ReLU dictionary."""
     refuse_transcoder(sae, NAME)
     made = plain(sae, NAME, ("relu",), apply_b_dec_to_input=False)

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from microtome.dictionary import folds
 from microtome.dictionary.formats.files import Checkpoint, write_json, write_safetensors
 from microtome.dictionary.formats.plain import refuse_transcoder
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "llama_scope"
 
@@ -33,10 +31,8 @@ def matches(checkpoint: Checkpoint) -> bool:
     return checkpoint.has(*_TENSORS) and checkpoint.config(*_KEYS) is not None
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The dictionary with θ per feature, scales and norm-aware scores as the hyper-parameters say."""
-    from microtome.dictionary.sae import SAE
-
     cfg = checkpoint.config(*_KEYS)
     if cfg is None:
         raise CheckpointError(
@@ -52,7 +48,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     if act_fn == "jumprelu":
         tensors["threshold"] = torch.tensor(float(cfg["jump_relu_threshold"]))
     bias = checkpoint.tensors.get("decoder.bias") if cfg.get("use_decoder_bias", True) else None
-    return SAE(
+    return Parameters(
         checkpoint.tensor("encoder.weight").T,
         checkpoint.tensor("decoder.weight").T,
         checkpoint.tensor("encoder.bias"),
@@ -90,7 +86,7 @@ def _other(cfg: dict[str, Any]) -> str | None:
     return None if out == cfg.get("hook_point_in") else out
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """Norms and scales are kept as they are; θ must be one number on the scale of the scores."""
     refuse_transcoder(sae, NAME)
     recipe = sae.recipe
@@ -134,7 +130,7 @@ def write(sae: SAE, path: Path) -> Path:
     )
 
 
-def _one_threshold(sae: SAE) -> float:
+def _one_threshold(sae: Parameters) -> float:
     if sae.threshold is None:
         return 0.0
     first = sae.threshold[0]

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from microtome.dictionary import folds
 from microtome.dictionary.formats.files import Checkpoint, write_json, write_safetensors
 from microtome.dictionary.formats.plain import refuse_transcoder
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Activation, Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "llamascopium"
 
@@ -39,10 +37,8 @@ def matches(checkpoint: Checkpoint) -> bool:
     return checkpoint.has("W_E", "W_D")
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The dictionary; GLU encoders, batch-wise normalisation and other ``sae_type`` are refused."""
-    from microtome.dictionary.sae import SAE
-
     cfg = checkpoint.config("sae_type", "act_fn")
     if cfg is None:
         raise CheckpointError(
@@ -58,7 +54,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     tensors: dict[str, Any] = {}
     if activation == "jumprelu":
         tensors["threshold"] = checkpoint.tensor(_LOG_THRESHOLD).float().exp()
-    return SAE(
+    return Parameters(
         checkpoint.tensor("W_E"),
         checkpoint.tensor("W_D"),
         checkpoint.tensor("b_E"),
@@ -96,7 +92,7 @@ def _scales(checkpoint: Checkpoint, cfg: dict[str, Any]) -> tuple[float, float]:
     return root / inside, outside / root
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """Norm-aware scores and scales are kept; a threshold makes it ``jumprelu``."""
     refuse_transcoder(sae, NAME)
     if sae.recipe.activation == "gated" or sae.recipe.normalize == "layer_norm":

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from microtome.dictionary.formats.files import Checkpoint, write_safetensors
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "microtome"
 
@@ -25,10 +22,8 @@ def matches(checkpoint: Checkpoint) -> bool:
     return f"{_PREFIX}recipe" in checkpoint.metadata
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """Tensors, recipe and probe rows; the fingerprint is checked."""
-    from microtome.dictionary.sae import SAE
-
     meta = checkpoint.metadata
     version = meta.get(f"{_PREFIX}format")
     if version != str(_FORMAT):
@@ -37,7 +32,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     tensors = dict(checkpoint.tensors)
     probe = tensors.pop("probe", None)
     checkpoint.tensor("W_enc"), checkpoint.tensor("W_dec")
-    sae = SAE(tensors.pop("W_enc"), tensors.pop("W_dec"), recipe=recipe, tensors=tensors)
+    sae = Parameters(tensors.pop("W_enc"), tensors.pop("W_dec"), recipe=recipe, tensors=tensors)
     if sae.fingerprint() != meta.get(f"{_PREFIX}fingerprint"):
         raise CheckpointError(
             f"damaged dictionary: {checkpoint.path}: expected fingerprint "
@@ -49,7 +44,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     return sae
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """Everything in one file."""
     tensors = dict(sae.tensors)
     meta = {

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from microtome.dictionary import folds
+from microtome.dictionary.parameters import Parameters
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 __all__ = ["layer_of", "plain", "refuse_transcoder"]
 
 
 def plain(
-    sae: SAE,
+    sae: Parameters,
     form: str,
     activations: Collection[str],
     *,
     apply_b_dec_to_input: bool,
     keep_normalize: bool = False,
-) -> SAE:
+) -> Parameters:
     """``sae`` with scales and norms folded in; reconstructions are unchanged.
 
     A norm-aware Top-K gets unit decoder rows, so its codes are then times the old norms. All else keeps its
@@ -47,7 +44,7 @@ def plain(
     return made.with_tensors(*folds.move_b_dec(made.tensors, made.recipe, apply_b_dec_to_input))
 
 
-def refuse_transcoder(sae: SAE, form: str, skip: bool = False) -> None:
+def refuse_transcoder(sae: Parameters, form: str, skip: bool = False) -> None:
     """Raise for a format that holds autoencoders alone."""
     if sae.d_in != sae.d_out:
         raise CheckpointError(
@@ -57,7 +54,7 @@ def refuse_transcoder(sae: SAE, form: str, skip: bool = False) -> None:
         raise CheckpointError(f"save_to_disk: {form} has no place for W_skip")
 
 
-def layer_of(sae: SAE) -> int:
+def layer_of(sae: Parameters) -> int:
     """The layer in ``blocks.{i}.…``, 0 when the hook name has none."""
     parts = (sae.recipe.hook_name or "").split(".")
     return next((int(part) for part in parts if part.isdigit()), 0)

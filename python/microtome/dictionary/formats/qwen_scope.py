@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from microtome.dictionary.formats.files import Checkpoint, write_pickle
 from microtome.dictionary.formats.plain import layer_of, plain, refuse_transcoder
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "qwen_scope"
 
@@ -32,10 +29,8 @@ def matches(checkpoint: Checkpoint) -> bool:
     return shapes == ((d_sae, d_in), (d_in, d_sae)) and d_sae != d_in and not checkpoint.has("threshold")
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The Top-K dictionary."""
-    from microtome.dictionary.sae import SAE
-
     told = re.search(r"L0_(\d+)", checkpoint.path.resolve().as_posix())
     if k is None and told is None:
         raise CheckpointError(
@@ -43,7 +38,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
             "Pass k="
         )
     layer = re.search(r"layer(\d+)", checkpoint.path.name)
-    return SAE(
+    return Parameters(
         checkpoint.tensor("W_enc").T,
         checkpoint.tensor("W_dec").T,
         checkpoint.tensor("b_enc"),
@@ -57,7 +52,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     )
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """A Top-K dictionary; ``k`` goes into the name of a folder, as in the source."""
     refuse_transcoder(sae, NAME)
     made = plain(sae, NAME, ("topk",), apply_b_dec_to_input=False)

@@ -8,17 +8,15 @@ scale is folded in.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
 from microtome.dictionary.formats.files import Checkpoint, write_json, write_safetensors
 from microtome.dictionary.formats.plain import plain
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Activation, Normalize, Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "saelens"
 
@@ -46,10 +44,8 @@ def matches(checkpoint: Checkpoint) -> bool:
     )
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The dictionary; every field of the configuration that changes codes is obeyed or refused."""
-    from microtome.dictionary.sae import SAE
-
     found = checkpoint.config("d_in", "d_sae")
     if found is None:
         raise CheckpointError(
@@ -66,7 +62,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     _drop_unit_scale(tensors, checkpoint.path)
     if _ACTIVATION[architecture] == "gated":
         tensors.pop("b_enc", None)
-    sae = SAE(
+    sae = Parameters(
         checkpoint.tensor("W_enc"),
         checkpoint.tensor("W_dec"),
         recipe=_recipe(cfg, checkpoint.path, k),
@@ -134,7 +130,7 @@ def _drop_unit_scale(tensors: dict[str, torch.Tensor], path: Path) -> None:
         )
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """Scale folded in; a norm-aware Top-K becomes ``rescale_acts_by_decoder_norm``, codes times the norms."""
     transcoder = sae.d_in != sae.d_out or "W_skip" in sae.tensors
     recipe = sae.recipe
@@ -174,7 +170,7 @@ def write(sae: SAE, path: Path) -> Path:
     return write_safetensors(path / _WEIGHTS_FILE, made.tensors)
 
 
-def _architecture(sae: SAE, transcoder: bool) -> str:
+def _architecture(sae: Parameters, transcoder: bool) -> str:
     threshold = sae.threshold is not None
     if not transcoder:
         return {"relu": "standard", "gated": "gated"}.get(

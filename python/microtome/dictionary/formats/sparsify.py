@@ -8,15 +8,12 @@ expansion_factor``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from microtome.dictionary.formats.files import Checkpoint, write_json, write_safetensors
 from microtome.dictionary.formats.plain import plain, refuse_transcoder
+from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from microtome.dictionary.sae import SAE
 
 NAME = "sparsify"
 
@@ -26,10 +23,8 @@ def matches(checkpoint: Checkpoint) -> bool:
     return checkpoint.has("encoder.weight", "W_dec")
 
 
-def read(checkpoint: Checkpoint, k: int | None) -> SAE:
+def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The dictionary; ``groupmax`` and signed Top-K, which no Top-K equals, are refused."""
-    from microtome.dictionary.sae import SAE
-
     cfg = checkpoint.config("d_in", "k")
     if cfg is None:
         raise CheckpointError(
@@ -41,7 +36,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
             f"{' signed' if cfg.get('signed') else ''}"
         )
     skip = {"W_skip": checkpoint.tensor("W_skip")} if checkpoint.has("W_skip") else {}
-    sae = SAE(
+    sae = Parameters(
         checkpoint.tensor("encoder.weight").T,
         checkpoint.tensor("W_dec"),
         checkpoint.tensor("encoder.bias"),
@@ -69,7 +64,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> SAE:
     return sae
 
 
-def write(sae: SAE, path: Path) -> Path:
+def write(sae: Parameters, path: Path) -> Path:
     """A Top-K dictionary of equal widths; one with a skip connection is written as ``transcode``."""
     transcode = "W_skip" in sae.tensors or sae.recipe.hook_name_out is not None
     refuse_transcoder(sae, NAME, skip=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from microtome.dictionary import forward
 from microtome.dictionary.checks import check_hook
+from microtome.dictionary.sae import SAE
 from microtome.dictionary.train import checkpoint
 from microtome.dictionary.train.config import TrainConfig
 from microtome.dictionary.train.data import BatchReader, RowSource, Shuffle
@@ -26,7 +27,6 @@ from microtome.progress import bar
 
 if TYPE_CHECKING:
     from microtome.dictionary.recipe import Recipe
-    from microtome.dictionary.sae import SAE
 
 __all__ = ["TrainResult", "train_sae"]
 
@@ -254,8 +254,6 @@ class _Run:
 
     def dictionary(self) -> SAE:
         """The dictionary as it stands, with its own memory and some held-out rows as a probe."""
-        from microtome.dictionary.sae import SAE
-
         tensors = {name: t.clone() for name, t in self._as_dictionary().items()}
         made = SAE(tensors.pop("W_enc"), tensors.pop("W_dec"), recipe=self.reading, tensors=tensors)
         return made.with_probe(self.held_out[:256])

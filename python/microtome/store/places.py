@@ -1,0 +1,35 @@
+"""Which rows somebody asked for: a slice, row numbers or a mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from microtome.errors import ShapeError
+
+__all__ = ["places"]
+
+
+def places(rows: Any, n: int) -> npt.NDArray[np.uint64]:
+    """Row numbers, a slice or a mask as places in ``0..n``.
+
+    Raises:
+        ShapeError: out of range, or a mask of another length.
+    """
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(n), dtype=np.int64).astype(np.uint64)
+    values = np.atleast_1d(np.asarray(rows))
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iub"):
+        raise ShapeError(
+            f"rows: expected a slice, row numbers or a mask, found {values.dtype} {values.shape}"
+        )
+    if values.dtype.kind == "b":
+        if len(values) != n:
+            raise ShapeError(f"rows: expected a mask of {n} rows, found {len(values)}")
+        return np.flatnonzero(values).astype(np.uint64)
+    wrong = (values >= n) | (values < -n) if values.dtype.kind == "i" else values >= n
+    if wrong.any():
+        raise ShapeError(f"rows: expected numbers below {n}, found {values[wrong][0]}")
+    return np.ascontiguousarray(np.where(values < 0, values + n, values).astype(np.uint64))
