@@ -18,7 +18,7 @@ from microtome.circuits import (
     rank_correlation,
     weights_fingerprint,
 )
-from microtome.circuits.study import Options, Study, run, shared_more_in_generation
+from microtome.circuits.study.runner import Options, Study, run, shared_more_in_generation
 from microtome.errors import ShapeError, StoreError
 
 SIZES = (0.0, 0.05, 0.1, 0.2, 0.5, 0.9)
@@ -111,7 +111,7 @@ def test_study_writes_its_tables_figures_and_report(shipped, tmp_path):
 
 
 def test_interrupted_study_goes_on_where_it_was(shipped, tmp_path, monkeypatch):
-    from microtome.circuits import steps
+    from microtome.circuits.study import steps
 
     tasks = words_twice(shipped)
     whole = run(shipped[0], tasks, tmp_path / "whole", OPTIONS)

@@ -1,0 +1,4 @@
+"""Room."""
+from microtome.circuits.faithfulness.nodes import faithfulness
+
+__all__ = ["faithfulness"]
