@@ -126,8 +126,8 @@ def test_merged_path_moves_the_image_and_the_text_only_path_does_not():
 
 def test_path_of_a_deepstack_model_ends_at_the_counterfactual():
     """Trap 10: DeepStack features move with the embeddings, so the path's start says what the counterfactual says."""
-    from microtome.circuits.forward.decoder import merge_pair
-    from microtome.circuits.attribution.passes import interpolated
+    from microtome.circuits.attribution.path import interpolated
+    from microtome.circuits.pairs.pair_set import merge_pair
 
     built = tiny("qwen3_vl")
     adapter = adapt(built.model)
@@ -359,7 +359,8 @@ def test_plan_of_a_28_layer_model_at_a_thousand_image_tokens_keeps_within_the_bu
     """Sizes of Qwen2-VL-7B in bfloat16; the plan covers every layer and position exactly once."""
     from types import SimpleNamespace
 
-    from microtome.circuits.attribution.plan import parse_bytes, plan_run
+    from microtome.budget import parse_bytes
+    from microtome.circuits.attribution.plan import plan_run
     from microtome.circuits.attribution.settings import Settings
 
     sizes = {"n_layers": 28, "d_model": 3584, "n_heads": 28, "d_head": 128, "d_mlp": 18944}

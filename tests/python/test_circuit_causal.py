@@ -410,7 +410,8 @@ def test_z_scores_add_up_to_the_change_of_a_linear_target():
     np.testing.assert_allclose(a.heads, -b.heads, atol=1e-5)
     adapter = adapt(model)
     from microtome.circuits.attribution.features import _corrupted
-    from microtome.circuits.forward.decoder import decode, merge, on_residuals
+    from microtome.circuits.forward.decoder import decode, merge
+    from microtome.circuits.forward.nodes import on_residuals
 
     batch = next(pairs.batches(1))
     clean = merge(adapter, batch.clean)

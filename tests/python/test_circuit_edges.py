@@ -10,9 +10,11 @@ import tiny_models
 from circuit_cases import assert_same_state, pairs_of, state, tiny
 from microtome.capture.models import adapt
 from microtome.circuits import EdgeGraph, attribute_edges
-from microtome.circuits.attribution.edges import _input_gradients, _sources, deepstack_deltas
-from microtome.circuits.forward.decoder import logit_difference, merge_pair
+from microtome.circuits.attribution.edges import _input_gradients, _sources
 from microtome.circuits.forward.attention import watched_attention
+from microtome.circuits.forward.decoder import logit_difference
+from microtome.circuits.forward.wiring import deepstack_deltas
+from microtome.circuits.pairs.pair_set import merge_pair
 from microtome.errors import ShapeError
 
 

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 import microtome as mt
 from circuit_cases import assert_same_state, pairs_of, state, tiny
 from microtome.circuits import Circuit, CircuitShape, NodeScores, PositionMap, compare_circuits, interchange
-from microtome.circuits.attribution.audit import completeness, exact_agreement, patching_map, rank_correlation
+from microtome.circuits.attribution.audit import completeness, exact_agreement
 from microtome.circuits.attribution.blocks import Blocks, attribute_blocks, overlap_intervals, split_half
-from microtome.circuits.pairs.fingerprints import pairs_fingerprint, weights_fingerprint
-from microtome.circuits.interchange import interchange_table, random_subcircuit, swapped_circuit
 from microtome.circuits.circuit.overlap import normalised_iou
-from microtome.circuits.statistics import jackknife
+from microtome.circuits.faithfulness.nodes import patching_map
+from microtome.circuits.interchange import interchange_table, random_subcircuit, swapped_circuit
+from microtome.circuits.pairs.fingerprints import pairs_fingerprint, weights_fingerprint
+from microtome.circuits.statistics import jackknife, rank_correlation
 from microtome.errors import ShapeError
 
 GROUPS = {"prefix": (0,), "data": (1, 2), "query": (3,), "generation": (4,)}

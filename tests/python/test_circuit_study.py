@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
 import microtome as mt
-from microtome import organism
+from microtome import circuits, organism
 from microtome.circuits import (
     Circuit,
     alignment,
@@ -18,7 +19,7 @@ from microtome.circuits import (
     rank_correlation,
     weights_fingerprint,
 )
-from microtome.circuits.study.runner import Options, Study, run, shared_more_in_generation
+from microtome.circuits.study import Options, Study, run, shared_more_in_generation
 from microtome.errors import ShapeError, StoreError
 
 SIZES = (0.0, 0.05, 0.1, 0.2, 0.5, 0.9)
@@ -264,18 +265,18 @@ def test_files_that_hold_no_pair_are_one_line_and_exit_code_2(row, message, tmp_
     assert message in said[0]
 
 
-@pytest.mark.parametrize("name", [
-    "ablation", "alignment", "audit", "backpatch", "blocks", "causal", "circuit", "command", "faithfulness",
-    "fingerprints", "interchange", "ledger", "outcomes", "overlap", "positions", "preparation", "repair", "scores",
-    "statistics", "timing",
-])  # fmt: skip
-def test_examples_in_docstrings_say_what_is_printed(name):
+ROOMS = Path(circuits.__file__).parent
+EXAMPLES = [p.relative_to(ROOMS) for p in sorted(ROOMS.rglob("*.py")) if ">>> " in p.read_text()]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=str)
+def test_examples_in_docstrings_say_what_is_printed(path):
     import doctest
     from importlib import import_module
 
-    found = doctest.testmod(
-        import_module(f"microtome.circuits.{name}"), optionflags=doctest.NORMALIZE_WHITESPACE
-    )
+    name = ".".join(("microtome", "circuits", *path.with_suffix("").parts))
+    found = doctest.testmod(import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert found.attempted
     assert found.failed == 0
 
 

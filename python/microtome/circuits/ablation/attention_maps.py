@@ -1,9 +1,8 @@
-"""Attention of chosen heads over a picture, and attention implementations switched and restored."""
+"""Attention of chosen heads over a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,26 +11,13 @@ import numpy.typing as npt
 import torch
 
 from microtome.circuits.ablation.interventions import Heads
-from microtome.circuits.forward.decoder import left_as_found
+from microtome.circuits.forward.restore import attention_implementation, left_as_found
 from microtome.circuits.pairs.pair_set import PreparedPair
 from microtome.errors import ShapeError
 
-__all__ = ["AttentionMap", "attention_implementation", "attention_maps"]
+__all__ = ["AttentionMap", "attention_maps"]
 
 Matrix = npt.NDArray[np.float32]
-
-
-@contextmanager
-def attention_implementation(model: Any, name: str) -> Iterator[None]:
-    """``"eager"``, ``"sdpa"`` or a registered name inside; what each part of the model had is restored on every exit."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
-    try:
-        model.set_attn_implementation(name)
-        yield
-    finally:
-        for config, was in before:
-            config._attn_implementation_internal = was
 
 
 @dataclass(frozen=True, eq=False)

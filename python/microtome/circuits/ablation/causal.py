@@ -19,7 +19,7 @@ from microtome.circuits.pairs.pair_set import PairSet
 from microtome.circuits.statistics import bootstrap
 from microtome.errors import ShapeError
 
-__all__ = ["causal_test"]
+__all__ = ["ablation_table", "causal_test"]
 
 Begin = Callable[[], AbstractContextManager[None]]
 
@@ -124,3 +124,55 @@ def _against(name: str, was: Any, now: Any, controls: Any, seed: int) -> dict[st
         f"{name}_excess_high": excess.high,
         f"p_controls_{name}": (1 + reached) / (len(changes) + 1),
     }
+
+
+def ablation_table(
+    model: Any,
+    items: PairSet,
+    interventions: Mapping[str, Callable[[], AbstractContextManager[None]]],
+    groups: Sequence[Sequence[int]] | None = None,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> pl.DataFrame:
+    """Effects of several interventions on the same items.
+
+    Args:
+        model: a transformers model; left as it was found.
+        items: prepared items.
+        interventions: name -> a function that gives the context manager, such as
+            ``lambda: ablate_features(model, {26: W_dec[807]})``. Give random and mismatched controls besides.
+        groups: as in :func:`outcome`.
+        batch_size: prompts per forward.
+        seed: of the bootstrap.
+        progress: show bars.
+
+    Returns:
+        One row per intervention, the first named ``none``: name, n, accuracy, p_correct, and changes with 95
+        % intervals and McNemar's p.
+    """
+    before = outcome(model, items, groups, batch_size=batch_size, progress=progress)
+    runs = {"none": before}
+    for name, begin in interventions.items():
+        with begin():
+            runs[name] = outcome(model, items, groups, batch_size=batch_size, progress=progress)
+    rows = []
+    for name, after in runs.items():
+        effect = effect_of(before, after, seed=seed)
+        rows.append(
+            {
+                "intervention": name,
+                "n": len(items),
+                "accuracy": effect.accuracy,
+                "accuracy_change": effect.accuracy_change.value,
+                "accuracy_low": effect.accuracy_change.low,
+                "accuracy_high": effect.accuracy_change.high,
+                "p_correct": effect.p_correct,
+                "p_correct_change": effect.p_correct_change.value,
+                "p_correct_low": effect.p_correct_change.low,
+                "p_correct_high": effect.p_correct_change.high,
+                "p_mcnemar": effect.p_mcnemar,
+            }
+        )
+    return pl.DataFrame(rows)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import torch
 
-from microtome.circuits.forward.decoder import as_pair_set, left_as_found
-from microtome.circuits.pairs.pair_set import PairSet
+from microtome.circuits.forward.restore import left_as_found
+from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
 from microtome.circuits.statistics import Interval, bootstrap, mcnemar
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
-__all__ = ["NO", "YES", "Effect", "Outcome", "ablation_table", "effect_of", "outcome", "token_group"]
+__all__ = ["NO", "YES", "Effect", "Outcome", "effect_of", "outcome", "token_group"]
 
 YES = ("Yes", " Yes", "yes", " yes", "YES", " YES")
 """Spellings of yes; those that are one token form its group."""
@@ -142,55 +140,3 @@ def effect_of(before: Outcome, after: Outcome, *, n_resamples: int = 1000, seed:
         p,
         mcnemar(before.correct, after.correct),
     )
-
-
-def ablation_table(
-    model: Any,
-    items: PairSet,
-    interventions: Mapping[str, Callable[[], AbstractContextManager[None]]],
-    groups: Sequence[Sequence[int]] | None = None,
-    *,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: bool = True,
-) -> pl.DataFrame:
-    """Effects of several interventions on the same items.
-
-    Args:
-        model: a transformers model; left as it was found.
-        items: prepared items.
-        interventions: name -> a function that gives the context manager, such as
-            ``lambda: ablate_features(model, {26: W_dec[807]})``. Give random and mismatched controls besides.
-        groups: as in :func:`outcome`.
-        batch_size: prompts per forward.
-        seed: of the bootstrap.
-        progress: show bars.
-
-    Returns:
-        One row per intervention, the first named ``none``: name, n, accuracy, p_correct, and changes with 95
-        % intervals and McNemar's p.
-    """
-    before = outcome(model, items, groups, batch_size=batch_size, progress=progress)
-    runs = {"none": before}
-    for name, begin in interventions.items():
-        with begin():
-            runs[name] = outcome(model, items, groups, batch_size=batch_size, progress=progress)
-    rows = []
-    for name, after in runs.items():
-        effect = effect_of(before, after, seed=seed)
-        rows.append(
-            {
-                "intervention": name,
-                "n": len(items),
-                "accuracy": effect.accuracy,
-                "accuracy_change": effect.accuracy_change.value,
-                "accuracy_low": effect.accuracy_change.low,
-                "accuracy_high": effect.accuracy_change.high,
-                "p_correct": effect.p_correct,
-                "p_correct_change": effect.p_correct_change.value,
-                "p_correct_low": effect.p_correct_change.low,
-                "p_correct_high": effect.p_correct_change.high,
-                "p_mcnemar": effect.p_mcnemar,
-            }
-        )
-    return pl.DataFrame(rows)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from microtome.circuits.forward.decoder import KINDS, Kind, merge, node_values, partnered
+from microtome.circuits.circuit.nodes import KINDS
+from microtome.circuits.forward.decoder import merge
+from microtome.circuits.forward.nodes import NodeValues, node_values, partnered
 from microtome.circuits.pairs.pair_set import PairBatch, PairSet
 from microtome.errors import ShapeError
 
-__all__ = ["ABLATIONS", "Replacements", "Values", "mean_values"]
+__all__ = ["ABLATIONS", "Ablation", "Replacements", "mean_values"]
 
-ABLATIONS = ("counterfactual", "mean", "mean_positional", "zero", "resample")
-Values = dict[tuple[Kind, int], Tensor]
+Ablation = Literal["counterfactual", "mean", "mean_positional", "zero", "resample"]
+ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 
 
 class Replacements:
@@ -26,13 +27,13 @@ class Replacements:
         self, adapter: Any, reference: PairSet, pairs: PairSet, ablation: str, seed: int, batch_size: int
     ) -> None:
         self._adapter, self._reference, self._ablation = adapter, reference, ablation
-        self._means: Values = {}
+        self._means: NodeValues = {}
         if ablation.startswith("mean"):
             self._means = mean_values(adapter, reference, ablation == "mean_positional", batch_size)
         if ablation == "resample":
             self._donors = _donors(reference, pairs, seed)
 
-    def of(self, batch: PairBatch, counterfactual: Callable[[], Values]) -> Values:
+    def of(self, batch: PairBatch, counterfactual: Callable[[], NodeValues]) -> NodeValues:
         """Values that broadcast to ``(b, p, ...)``; ``counterfactual`` gives those of the batch's counterfactual prompts."""
         if self._ablation == "counterfactual":
             return {site: partnered(x, batch.partner) for site, x in counterfactual().items()}
@@ -45,9 +46,9 @@ class Replacements:
             return {site: mean[batch.slots] for site, mean in self._means.items()}
         return {site: mean[None, None] for site, mean in self._means.items()}
 
-    def _resampled(self, batch: PairBatch) -> Values:
+    def _resampled(self, batch: PairBatch) -> NodeValues:
         chosen = self._reference[[int(self._donors[i]) for i in batch.indices]]
-        values: Values = {}
+        values: NodeValues = {}
         for donor in chosen.batches(len(batch), batch.answers.device):
             for site, x in node_values(self._adapter, merge(self._adapter, donor.clean)).items():
                 into = values.setdefault(site, x.new_zeros(len(batch), *x.shape[1:]))
@@ -78,9 +79,9 @@ def _donors(reference: PairSet, pairs: PairSet, seed: int) -> np.ndarray[Any, np
     return chosen
 
 
-def mean_values(adapter: Any, pairs: PairSet, positional: bool, batch_size: int) -> Values:
+def mean_values(adapter: Any, pairs: PairSet, positional: bool, batch_size: int) -> NodeValues:
     """Mean node values over the clean prompts: ``(slots, ...)`` when ``positional``, else over positions as well ``(...)``."""
-    sums: dict[tuple[Kind, int], Tensor] = {}
+    sums: NodeValues = {}
     counts = torch.zeros(pairs.n_slots, dtype=torch.float64)
     dtype = torch.float32
     for batch in pairs.batches(batch_size, adapter.model.device):

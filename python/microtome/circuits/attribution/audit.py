@@ -5,53 +5,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import torch
 
 from microtome.circuits.attribution.nodes import attribute
-from microtome.circuits.circuit.nodes import KINDS, NAMES, Circuit, CircuitShape
-from microtome.circuits.faithfulness.nodes import faithfulness_of
-from microtome.circuits.forward.decoder import (
-    as_pair_set,
-    last_logits,
-    left_as_found,
-    logit_difference,
-    merge_pair,
-)
-from microtome.circuits.pairs.pair_set import PairSet
-from microtome.circuits.attribution.passes import interpolated
+from microtome.circuits.attribution.path import interpolated
+from microtome.circuits.circuit.nodes import NAMES, Circuit
 from microtome.circuits.circuit.scores import NodeScores
-from microtome.errors import ShapeError
+from microtome.circuits.forward.decoder import last_logits, logit_difference
+from microtome.circuits.forward.restore import left_as_found
+from microtome.circuits.pairs.pair_set import PairSet, as_pair_set, merge_pair
 
 __all__ = [
     "Completeness",
     "completeness",
     "exact_agreement",
-    "patching_map",
-    "rank_correlation",
 ]
-
-
-def rank_correlation(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
-    """Spearman's ρ, ties at their mean rank; NaN for fewer than two values or a constant.
-
-    Raises:
-        ShapeError: the vectors differ in length.
-
-    Example:
-        >>> round(rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]), 6)
-        0.8
-    """
-    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ShapeError(
-            f"rank_correlation: expected two vectors of one length, found {a.shape} and {b.shape}"
-        )
-    ranks = [pl.Series(v).rank("average").to_numpy() for v in (a, b)]
-    if len(a) < 2 or any(np.ptp(r) == 0 for r in ranks):
-        return float("nan")
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def exact_agreement(
@@ -137,26 +106,3 @@ def completeness(model: Any, pairs: PairSet, steps: int = 50, *, batch_size: int
             totals[1] += float((ends[-1] - ends[0]).double().sum())
     integral, difference = totals / len(pairs)
     return Completeness(float(integral), float(difference))
-
-
-def patching_map(
-    model: Any, pairs: PairSet, *, batch_size: int = 16, progress: bool = True
-) -> npt.NDArray[np.float64]:
-    """Measured patching effects over layer and position (A12): mean |LD with all nodes there patched - LD|. Shape ``(L, P)``.
-
-    One forward per layer and position; :meth:`NodeScores.effect_map` is its approximation.
-    """
-    from microtome.capture.models import adapt
-
-    adapter = adapt(model)
-    shape = CircuitShape(adapter.n_layers, pairs.n_slots, adapter.n_heads, adapter.d_mlp)
-    circuits = []
-    for layer in range(shape.n_layers):
-        for slot in range(shape.n_slots):
-            masks = [np.ones(shape.of(kind), bool) for kind in KINDS]
-            for mask in masks:
-                mask[layer, slot] = False
-            circuits.append(Circuit.of_masks(masks[0], masks[1]))
-    found = faithfulness_of(model, pairs, circuits, batch_size=batch_size, progress=progress)
-    effects = [float(np.abs(one.circuit - one.full).mean()) for one in found]
-    return np.array(effects).reshape(shape.n_layers, shape.n_slots)

@@ -16,10 +16,9 @@ import numpy as np
 import polars as pl
 
 from microtome.circuits.attribution.nodes import attribute
-from microtome.circuits.forward.decoder import as_pair_set
 from microtome.circuits.circuit.overlap import circuit_iou, circuit_niou, overlap_rows
-from microtome.circuits.pairs.pair_set import PairSet
 from microtome.circuits.circuit.scores import NodeScores
+from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
 from microtome.circuits.statistics import jackknife
 from microtome.errors import ShapeError
 

@@ -15,27 +15,18 @@ import torch
 from torch import Tensor
 
 from microtome._core import __version__
-from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape
-from microtome.circuits.forward.decoder import (
-    Kind,
-    Merged,
-    last_logits,
-    logit_difference,
-    merge_pair,
-    node_values,
-    on_nodes,
-    partnered,
-)
-from microtome.circuits.pairs.pair_set import PairBatch, PairSet
-from microtome.circuits.circuit.scores import NodeScores
 from microtome.circuits.attribution.settings import Settings
+from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape, NodeKind
+from microtome.circuits.circuit.scores import NodeScores
+from microtome.circuits.forward.decoder import Merged, last_logits, logit_difference
+from microtome.circuits.forward.nodes import NodeValues, node_values, on_nodes, partnered
+from microtome.circuits.pairs.pair_set import PairBatch, PairSet, merge_pair
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
 __all__ = ["exact_scores"]
 
 _VARIANTS_PER_PAIR = 16
-Values = dict[tuple[Kind, int], Tensor]
 Nodes = npt.NDArray[np.int64]
 
 
@@ -48,7 +39,7 @@ def exact_scores(
     if wanted.shape != shape:
         raise ShapeError(f"nodes: expected a circuit of shape {tuple(shape)}, found {tuple(wanted.shape)}")
     sums = {kind: np.zeros(shape.of(kind)) for kind in KINDS}
-    at: dict[Kind, Nodes] = {kind: np.argwhere(wanted.mask(kind)) for kind in KINDS}
+    at: dict[NodeKind, Nodes] = {kind: np.argwhere(wanted.mask(kind)) for kind in KINDS}
     n_variants = batch_size * _VARIANTS_PER_PAIR
     total, n_pairs, seen = sum(len(x) for x in at.values()) * len(pairs), 0, 0
     with torch.no_grad(), bar("exact patching", total, progress, "nodes") as done:
@@ -68,7 +59,7 @@ def exact_scores(
                     sums[kind][tuple(chunk.T)] += effects if settings.signed else np.abs(effects)
                     seen += len(chunk)
                     done(seen)
-    means: dict[Kind, Any] = {}
+    means: dict[NodeKind, Any] = {}
     for kind, total_of in sums.items():
         mean = total_of / n_pairs if n_pairs else np.full_like(total_of, np.nan)
         means[kind] = np.where(wanted.mask(kind), mean, np.nan).astype(np.float32)
@@ -84,13 +75,13 @@ def exact_scores(
 
 
 def _effects(
-    adapter: Any, batch: PairBatch, clean: Merged, values: Values, kind: Kind, nodes: Nodes
+    adapter: Any, batch: PairBatch, clean: Merged, values: NodeValues, kind: NodeKind, nodes: Nodes
 ) -> npt.NDArray[np.float64]:
     """LD of one pair with each of ``nodes`` (n, 3: layer, slot, index) patched alone. Shape ``(n,)``."""
     rows = {layer: np.flatnonzero(nodes[:, 0] == layer) for layer in np.unique(nodes[:, 0])}
     slots = batch.slots[0]
 
-    def patch(found: Kind, layer: int, x: Tensor) -> Tensor | None:
+    def patch(found: NodeKind, layer: int, x: Tensor) -> Tensor | None:
         if found != kind:
             return None
         x = x.clone()

@@ -23,16 +23,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from microtome.circuits.forward.decoder import (
-    Merged,
-    as_pair_set,
-    decode,
-    left_as_found,
-    merge,
-    on_residuals,
-)
-from microtome.circuits.pairs.pair_set import PairBatch, PairSet
 from microtome.circuits.forward.attention import Watch, watched_attention
+from microtome.circuits.forward.decoder import Merged, decode, merge
+from microtome.circuits.forward.nodes import on_residuals
+from microtome.circuits.forward.restore import left_as_found
+from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set
 from microtome.errors import ShapeError
 from microtome.progress import bar
 

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.circuits.forward.decoder import Kind, Merged, decode, head, last_logits, on_nodes, on_residuals
+from microtome.circuits.circuit.nodes import NodeKind
+from microtome.circuits.forward.decoder import Merged, decode, head, last_logits
+from microtome.circuits.forward.nodes import on_nodes, on_residuals
 
 __all__ = ["Consume", "Objective", "layer_by_layer", "through_graph"]
 
-Consume = Callable[[Kind, int, Tensor, Tensor], None]
+Consume = Callable[[NodeKind, int, Tensor, Tensor], None]
 """Called with kind, layer, node values and their gradient, both ``(b, p, ...)``, top layers first."""
 
 Objective = Callable[[Tensor], Tensor]
@@ -36,10 +38,12 @@ def through_graph(
     return values.detach()
 
 
-def _listening(consume: Consume, leaves: list[Tensor], first: int) -> Callable[[Kind, int, Tensor], Tensor]:
+def _listening(
+    consume: Consume, leaves: list[Tensor], first: int
+) -> Callable[[NodeKind, int, Tensor], Tensor]:
     """A visitor that starts the graph at the first site and passes every gradient on as soon as it exists."""
 
-    def visit(kind: Kind, layer: int, x: Tensor) -> Tensor:
+    def visit(kind: NodeKind, layer: int, x: Tensor) -> Tensor:
         if not leaves and layer == first:
             x = x.detach().requires_grad_()
             leaves.append(x)

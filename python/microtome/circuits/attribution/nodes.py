@@ -21,21 +21,21 @@ from typing import Any, Literal
 
 import torch
 
-from microtome.circuits.circuit.nodes import Circuit
-from microtome.circuits.forward.decoder import as_pair_set, check_replay, left_as_found, merge
-from microtome.circuits.pairs.pair_set import PairSet
+from microtome.budget import parse_bytes
+from microtome.circuits.attribution.exact import exact_scores
 from microtome.circuits.attribution.passes import Accumulator, add_batch
-from microtome.circuits.attribution.plan import Plan, parse_bytes, plan_run
-from microtome.circuits.circuit.scores import NodeScores
-from microtome.circuits.attribution.settings import Settings
+from microtome.circuits.attribution.plan import Plan, plan_run
+from microtome.circuits.attribution.settings import Method, Settings
 from microtome.circuits.attribution.streaming import Stream
+from microtome.circuits.circuit.nodes import Circuit
+from microtome.circuits.circuit.scores import NodeScores
+from microtome.circuits.forward.decoder import check_replay, merge
+from microtome.circuits.forward.restore import left_as_found
+from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
-__all__ = ["METHODS", "attribute"]
-
-METHODS = ("ig", "plain", "clean_corrupted", "ig_activations", "exact")
-Method = Literal["ig", "plain", "clean_corrupted", "ig_activations", "exact"]
+__all__ = ["attribute"]
 
 
 def attribute(
@@ -82,7 +82,8 @@ def attribute(
         >>> model, processor = organism.load_model(), organism.load_processor()
         >>> pairs = prepare(model, processor, organism.pairs("colour", "textual", 4))
         >>> scores = attribute(model, pairs)
-        >>> scores.heads.shape == (scores.shape.n_layers, pairs.n_slots, scores.shape.n_heads) True
+        >>> scores.heads.shape == (scores.shape.n_layers, pairs.n_slots, scores.shape.n_heads)
+        True
     """
     from microtome.capture.models import adapt
 
@@ -99,8 +100,6 @@ def attribute(
         check_replay(adapter, first.clean, merge(adapter, first.clean))
         del first  # a copy of the prompt with its picture
         if method == "exact":
-            from microtome.circuits.attribution.exact import exact_scores
-
             return exact_scores(adapter, pairs, nodes, settings, batch_size, progress)
         plan = plan_run(adapter, pairs, settings, batch_size, parse_bytes(memory_budget))
         with torch.inference_mode(False):

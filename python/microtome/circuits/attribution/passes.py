@@ -9,21 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.circuits.forward.decoder import (
-    Kind,
-    Merged,
-    counterfactual_embeddings,
-    last_logits,
-    logit_difference,
-    merge_pair,
-    node_values,
-    on_nodes,
-    require_finite,
-)
 from microtome.circuits.attribution.gradients import layer_by_layer, through_graph
-from microtome.circuits.pairs.pair_set import PairBatch
+from microtome.circuits.attribution.path import interpolated
 from microtome.circuits.attribution.plan import POSITIONS_AT_ONCE, Plan, Tile
 from microtome.circuits.attribution.settings import Settings
+from microtome.circuits.circuit.nodes import NodeKind
+from microtome.circuits.forward.decoder import Merged, last_logits, logit_difference
+from microtome.circuits.forward.nodes import NodeValues, node_values, on_nodes
+from microtome.circuits.pairs.pair_set import PairBatch, merge_pair
+from microtome.errors import NonFiniteError
 
 __all__ = ["Accumulator", "add_batch"]
 
@@ -43,7 +37,7 @@ class Accumulator:
         """Pairs that went through, skipped ones included."""
         return self.n_pairs + self.n_skipped
 
-    def of(self, kind: Kind) -> Tensor:
+    def of(self, kind: NodeKind) -> Tensor:
         """The sums of one kind."""
         return self.heads if kind == "heads" else self.neurons
 
@@ -79,11 +73,13 @@ class _Add:
     settings: Settings
     tile: Tile
     total: Accumulator
-    reference: dict[tuple[Kind, int], Tensor]
+    reference: NodeValues
     usable: Tensor  # (b,)
-    gradients: dict[tuple[Kind, int], Tensor] = field(default_factory=dict)
+    gradients: NodeValues = field(default_factory=dict)
 
-    def consume(self, kind: Kind, layer: int, x: Tensor, grad: Tensor, points: int, is_last: bool) -> None:
+    def consume(
+        self, kind: NodeKind, layer: int, x: Tensor, grad: Tensor, points: int, is_last: bool
+    ) -> None:
         """Take values and gradients ``(points · b, p, ...)``, of which the last copy is the clean one when ``is_last``."""
         site = kind, layer
         there = self.tile.positions
@@ -107,7 +103,7 @@ class _Add:
                     slope += earlier[row, at]
                 product = (reference[row, at].float() - clean[row, at].float()) * slope
                 product /= len(self.settings.points)
-                require_finite(product, f"attribution: layer {layer} {kind}: gradients")
+                _require_finite(product, f"attribution: layer {layer} {kind}: gradients")
                 scores = self._reduced(kind, product)
                 sums.index_add_(
                     0, slots[at], scores.abs() if distinct and not self.settings.signed else scores
@@ -115,7 +111,7 @@ class _Add:
             if not distinct:
                 into += sums if self.settings.signed else sums.abs_()
 
-    def _reduced(self, kind: Kind, product: Tensor) -> Tensor:
+    def _reduced(self, kind: NodeKind, product: Tensor) -> Tensor:
         """(p, H, d_head) or (p, m) to one number per node (p, width)."""
         if kind == "neurons":
             return product
@@ -151,29 +147,6 @@ def _difference(logits: Tensor, answers: tuple[Tensor, Tensor]) -> Tensor:
     return logit_difference(logits, *answers)
 
 
-def interpolated(
-    adapter: Any,
-    clean: Merged,
-    corrupted: Merged,
-    partner: Tensor,
-    points: tuple[float, ...],
-    path: str,
-    ids: Tensor,
-) -> Merged:
-    """The clean prompt's run at embeddings e' + α (e - e'), a copy of the batch for each α, DeepStack features likewise."""
-    embeds, deepstack = counterfactual_embeddings(clean, corrupted, partner)
-    if path == "text_only":
-        image = (adapter.row_kinds(ids) != 0)[..., None]
-        embeds, deepstack = torch.where(image, clean.embeds, embeds), clean.deepstack
-
-    def between(a: Tensor, b: Tensor) -> Tensor:
-        steps = [a.float() + alpha * (b.float() - a.float()) if alpha < 1 else b for alpha in points]
-        return torch.cat([step.to(b.dtype) for step in steps])
-
-    added = tuple(between(a, b) for a, b in zip(deepstack, clean.deepstack, strict=True))
-    return clean.repeat(len(points)).at(between(embeds, clean.embeds), added)
-
-
 def _along_activations(
     adapter: Any, clean: Merged, batch: PairBatch, settings: Settings, tile: Tile, add: _Add
 ) -> None:
@@ -193,5 +166,16 @@ def _along_activations(
         add.consume(*site, leaf.detach(), grad, len(points), True)
 
 
-def _put(values: Tensor, wanted: Kind) -> Any:
+def _put(values: Tensor, wanted: NodeKind) -> Any:
     return lambda kind, _layer, _x: values if kind == wanted else None
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise NonFiniteError(f"{what}: expected finite numbers, found {bad} of {values.numel()} that are not")

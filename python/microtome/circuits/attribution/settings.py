@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from microtome.errors import ShapeError
 
-__all__ = ["Settings"]
+__all__ = ["METHODS", "Method", "Settings"]
+
+Method = Literal["ig", "plain", "clean_corrupted", "ig_activations", "exact"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Settings:
             ShapeError: an option is not one of those there are.
         """
         options = {
-            "method": ("ig", "plain", "clean_corrupted", "ig_activations", "exact"),
+            "method": METHODS,
             "ig_path": ("merged", "text_only"),
             "head_reduce": ("abs_sum", "sum_abs"),
         }

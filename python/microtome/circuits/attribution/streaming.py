@@ -20,12 +20,12 @@ import numpy.typing as npt
 import torch
 
 from microtome._core import __version__
-from microtome.circuits.pairs.fingerprints import pairs_fingerprint, weights_fingerprint
-from microtome.circuits.pairs.pair_set import PairSet
 from microtome.circuits.attribution.passes import Accumulator
 from microtome.circuits.attribution.plan import Plan, Tile
-from microtome.circuits.circuit.scores import NodeScores
 from microtome.circuits.attribution.settings import Settings
+from microtome.circuits.circuit.scores import NodeScores
+from microtome.circuits.pairs.fingerprints import pairs_fingerprint, weights_fingerprint
+from microtome.circuits.pairs.pair_set import PairSet
 from microtome.errors import StoreError
 
 __all__ = ["Stream"]

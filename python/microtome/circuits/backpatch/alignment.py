@@ -16,8 +16,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from microtome.circuits.forward.decoder import as_pair_set, decode, left_as_found, merge, on_residuals
-from microtome.circuits.pairs.pair_set import PairSet
+from microtome.circuits.forward.decoder import decode, merge
+from microtome.circuits.forward.nodes import on_residuals
+from microtome.circuits.forward.restore import left_as_found
+from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
 from microtome.circuits.statistics import bootstrap
 from microtome.errors import ShapeError
 

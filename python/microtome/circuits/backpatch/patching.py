@@ -21,9 +21,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from microtome.circuits.forward.decoder import as_pair_set, last_logits, left_as_found, merge, on_residuals
-from microtome.circuits.pairs.pair_set import PairBatch, PairSet
 from microtome.circuits.backpatch.choice import WINDOWS, BackPatch, Correct, Setting, all_settings
+from microtome.circuits.forward.decoder import last_logits, merge
+from microtome.circuits.forward.nodes import on_residuals
+from microtome.circuits.forward.restore import left_as_found
+from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set
 from microtome.errors import ShapeError
 from microtome.progress import bar
 

@@ -30,7 +30,8 @@ class EdgeGraph:
 
     Example:
         >>> graph = EdgeGraph(1, 2, 8, np.ones((4, 8), np.float32))
-        >>> graph.sources, graph.n_edges (['input', 'a0.h0', 'a0.h1', 'm0'], 13)
+        >>> graph.sources, graph.n_edges
+        (['input', 'a0.h0', 'a0.h1', 'm0'], 13)
     """
 
     n_layers: int

@@ -13,101 +13,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import torch
 from torch import Tensor
 
-from microtome.circuits.circuit.nodes import Circuit, CircuitShape
-from microtome.circuits.forward.decoder import (
-    Kind,
-    as_pair_set,
-    last_logits,
-    left_as_found,
-    logit_difference,
-    merge_pair,
-    node_values,
-    on_nodes,
-)
-from microtome.circuits.pairs.pair_set import PairBatch, PairSet
-from microtome.circuits.ablation.replacements import ABLATIONS, Replacements, Values
+from microtome.circuits.ablation.replacements import ABLATIONS, Ablation, Replacements
+from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape, NodeKind
 from microtome.circuits.circuit.scores import SIZES, NodeScores
-from microtome.circuits.statistics import Interval, bootstrap
+from microtome.circuits.faithfulness.results import Curve, Faithfulness
+from microtome.circuits.forward.decoder import last_logits, logit_difference
+from microtome.circuits.forward.nodes import NodeValues, node_values, on_nodes
+from microtome.circuits.forward.restore import left_as_found
+from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set, merge_pair
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
-__all__ = ["EPSILON", "Curve", "Faithfulness", "faithfulness", "faithfulness_curve", "faithfulness_of"]
-
-Ablation = Literal["counterfactual", "mean", "mean_positional", "zero", "resample"]
-Vector = npt.NDArray[np.float64]
-
-EPSILON = 1e-3
-"""Pairs with |LD_M - LD_∅| below this have no ratio."""
-
-
-@dataclass(frozen=True, eq=False)
-class Faithfulness:
-    """Faithfulness of one circuit."""
-
-    circuit: Vector = field(repr=False)
-    """LD_c of every pair."""
-    empty: Vector = field(repr=False)
-    """LD_∅ of every pair."""
-    full: Vector = field(repr=False)
-    """LD_M of every pair."""
-    average: Literal["ratios", "means"] = "ratios"
-    ablation: str = "counterfactual"
-    size: int = 0
-    """Nodes of the circuit."""
-
-    @property
-    def ratios(self) -> Vector:
-        """F of every pair, not clipped; NaN where |LD_M - LD_∅| < ``EPSILON``."""
-        span = self.full - self.empty
-        out = np.full(len(span), np.nan)
-        np.divide(self.circuit - self.empty, span, out=out, where=np.abs(span) >= EPSILON)
-        return out
-
-    @property
-    def n_dropped(self) -> int:
-        """Pairs without a ratio."""
-        return int(np.isnan(self.ratios).sum())
-
-    @property
-    def mean_of_ratios(self) -> float:
-        """Mean of the pairs' ratios, the paper's formula; NaN when no pair has one."""
-        ratios = self.ratios[~np.isnan(self.ratios)]
-        return float(ratios.mean()) if len(ratios) else float("nan")
-
-    @property
-    def ratio_of_means(self) -> float:
-        """Ratio of the mean differences, as MIB does it."""
-        return _ratio_of_means(self.circuit, self.empty, self.full)
-
-    @property
-    def value(self) -> float:
-        """The average that was asked for."""
-        return self.mean_of_ratios if self.average == "ratios" else self.ratio_of_means
-
-    def interval(self, n_resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
-        """Bootstrap interval of the value, pairs resampled."""
-        if self.average == "ratios":
-            return bootstrap(
-                lambda r: float(np.mean(r)), [self.ratios[~np.isnan(self.ratios)]], n_resamples, seed, level
-            )
-        return bootstrap(_ratio_of_means, [self.circuit, self.empty, self.full], n_resamples, seed, level)
-
-    def __float__(self) -> float:
-        return self.value
-
-
-def _ratio_of_means(circuit: Vector, empty: Vector, full: Vector) -> float:
-    span = float(np.mean(full - empty))
-    return float(np.mean(circuit - empty)) / span if abs(span) >= EPSILON else float("nan")
+__all__ = ["faithfulness", "faithfulness_curve", "faithfulness_of", "patching_map"]
 
 
 def faithfulness(
@@ -222,10 +146,10 @@ def _differences(
     return np.stack([*rows, difference(None), full.double().cpu().numpy()])
 
 
-def _keeping(circuit: Circuit | None, values: Values, slots: Tensor) -> Any:
+def _keeping(circuit: Circuit | None, values: NodeValues, slots: Tensor) -> Any:
     """A visitor that overwrites every node outside ``circuit`` (everything when None)."""
 
-    def visit(kind: Kind, layer: int, x: Tensor) -> Tensor:
+    def visit(kind: NodeKind, layer: int, x: Tensor) -> Tensor:
         replaced = values[kind, layer]
         if circuit is None:
             return replaced.expand_as(x)
@@ -233,53 +157,6 @@ def _keeping(circuit: Circuit | None, values: Values, slots: Tensor) -> Any:
         return torch.where(mask[..., None] if kind == "heads" else mask, x, replaced)
 
     return visit
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """Faithfulness over circuit sizes."""
-
-    sizes: Vector
-    points: tuple[Faithfulness, ...]
-
-    @property
-    def values(self) -> Vector:
-        """F at every size."""
-        return np.array([point.value for point in self.points])
-
-    def smallest(self, threshold: float = 0.8) -> float | None:
-        """The first size whose faithfulness exceeds ``threshold``; None when none does."""
-        above = np.flatnonzero(self.values > threshold)
-        return float(self.sizes[above[0]]) if len(above) else None
-
-    def cpr(self, log: bool = False) -> float:
-        """Integrated circuit performance ratio, ∫ F dρ by trapezoids; higher is better (MIB)."""
-        return _integral(self.values, self.sizes, log)
-
-    def cmd(self, log: bool = False) -> float:
-        """Integrated circuit-model distance, ∫ |1 - F| dρ; 0 is best (MIB)."""
-        return _integral(np.abs(1 - self.values), self.sizes, log)
-
-    def to_polars(self, n_resamples: int = 1000, seed: int = 0) -> pl.DataFrame:
-        """One row per size: size, faithfulness, low, high, ratio_of_means, n_nodes, n_dropped."""
-        intervals = [point.interval(n_resamples, seed) for point in self.points]
-        return pl.DataFrame(
-            {
-                "size": self.sizes,
-                "faithfulness": self.values,
-                "low": [interval.low for interval in intervals],
-                "high": [interval.high for interval in intervals],
-                "ratio_of_means": [point.ratio_of_means for point in self.points],
-                "n_nodes": [point.size for point in self.points],
-                "n_dropped": [point.n_dropped for point in self.points],
-            }
-        )
-
-
-def _integral(values: Vector, sizes: Vector, log: bool) -> float:
-    keep = sizes > 0 if log else np.ones(len(sizes), bool)
-    axis = np.log(sizes[keep]) if log else sizes[keep]
-    return float(np.trapezoid(values[keep], axis))
 
 
 def faithfulness_curve(
@@ -319,3 +196,26 @@ def faithfulness_curve(
         progress=progress,
     )
     return Curve(np.asarray(sizes, np.float64), tuple(points))
+
+
+def patching_map(
+    model: Any, pairs: PairSet, *, batch_size: int = 16, progress: bool = True
+) -> npt.NDArray[np.float64]:
+    """Measured patching effects over layer and position (A12): mean |LD with all nodes there patched - LD|. Shape ``(L, P)``.
+
+    One forward per layer and position; :meth:`NodeScores.effect_map` is its approximation.
+    """
+    from microtome.capture.models import adapt
+
+    adapter = adapt(model)
+    shape = CircuitShape(adapter.n_layers, pairs.n_slots, adapter.n_heads, adapter.d_mlp)
+    circuits = []
+    for layer in range(shape.n_layers):
+        for slot in range(shape.n_slots):
+            masks = [np.ones(shape.of(kind), bool) for kind in KINDS]
+            for mask in masks:
+                mask[layer, slot] = False
+            circuits.append(Circuit.of_masks(masks[0], masks[1]))
+    found = faithfulness_of(model, pairs, circuits, batch_size=batch_size, progress=progress)
+    effects = [float(np.abs(one.circuit - one.full).mean()) for one in found]
+    return np.array(effects).reshape(shape.n_layers, shape.n_slots)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.circuits.ablation.attention_maps import attention_implementation
+from microtome.circuits.forward.restore import attention_implementation
 
 __all__ = ["See", "Watch", "watched_attention"]
 

@@ -1,49 +1,32 @@
-"""The decoder on merged embeddings: run it, listen to its nodes, overwrite them.
+"""The decoder on merged embeddings.
 
 The vision tower runs once per prompt. What the model then hands its decoder (embeddings with the image
 features merged in, DeepStack features, masks, positions) is kept as :class:`Merged`, and every later forward
 starts from there. That makes interpolated *merged* embeddings possible, and costs nothing for the image.
-
-Nodes are the inputs of the attention output projection (``hook_z``, heads) and of the MLP's down projection
-(``mlp.hook_post``, neurons). Everything here leaves weights, hooks, random state, training mode and attention
-implementation as it found them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from microtome.circuits.pairs.pair_set import PairBatch, PairSet
-from microtome.errors import Error, NonFiniteError, ShapeError
+from microtome.errors import Error
 
 __all__ = [
-    "Kind",
     "Merged",
-    "answers_correctly",
+    "check_replay",
     "decode",
+    "head",
     "last_logits",
-    "left_as_found",
     "logit_difference",
     "merge",
-    "merge_pair",
     "model_logits",
-    "node_values",
-    "on_nodes",
-    "on_residuals",
 ]
-
-Kind = Literal["heads", "neurons"]
-KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +106,6 @@ def merge(adapter: Any, inputs: dict[str, Tensor]) -> Merged:
     return Merged(embeds.detach(), tuple(x.detach() for x in deepstack), keywords)
 
 
-def merge_pair(adapter: Any, batch: PairBatch) -> tuple[Merged, Merged]:
-    """Both sides of a batch of pairs."""
-    return merge(adapter, batch.clean), merge(adapter, batch.corrupted)
-
-
 def decode(adapter: Any, merged: Merged) -> Tensor:
     """Output of the decoder after its final norm, ``(b, p, d)``."""
     keywords = dict(merged.keywords)
@@ -188,148 +166,3 @@ def logit_difference(logits: Tensor, answers: Tensor, corrupted_answers: Tensor)
     values = logits.float()
     rows = torch.arange(len(values), device=values.device)
     return values[rows, answers] - values[rows, corrupted_answers]
-
-
-Visit = Callable[[Kind, int, Tensor], Tensor | None]
-
-HOOKS: dict[Kind, str] = {"heads": "blocks.{}.attn.hook_z", "neurons": "blocks.{}.mlp.hook_post"}
-
-
-@contextmanager
-def on_nodes(adapter: Any, visit: Visit, layers: Sequence[int] | None = None) -> Iterator[None]:
-    """Call ``visit(kind, layer, values)`` at every node site; what it returns replaces the values.
-
-    ``values`` is ``(b, p, n_heads, d_head)`` for heads and ``(b, p, d_mlp)`` for neurons.
-    """
-    points = adapter.hook_points()
-    with ExitStack() as stack:
-        for layer in range(adapter.n_layers) if layers is None else layers:
-            for kind, name in HOOKS.items():
-                handle = points[name.format(layer)].replace(partial(visit, kind, layer))
-                stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
-def on_residuals(
-    adapter: Any,
-    visit: Callable[[int, Tensor], Tensor | None],
-    layers: Sequence[int] | None = None,
-    *,
-    with_deepstack: bool = False,
-) -> Iterator[None]:
-    """Call ``visit(layer, resid_post)`` on the output of every decoder layer; what it returns replaces the output.
-
-    ``resid_post`` is what the layer module returns. DeepStack features are added after it, and stay in place;
-    ``with_deepstack`` gives the residual stream behind that addition instead, which is what the next layer is
-    given.
-    """
-    points = adapter.hook_points()
-    behind = set(adapter.deepstack_layers) if with_deepstack else set()
-    with ExitStack() as stack:
-        for layer in range(adapter.n_layers) if layers is None else layers:
-            name = f"blocks.{layer}.hook_resid_post"
-            if layer in behind and layer + 1 < adapter.n_layers:
-                name = f"blocks.{layer + 1}.hook_resid_pre"
-            stack.callback(points[name].replace(partial(visit, layer)).remove)
-        yield
-
-
-def node_values(
-    adapter: Any, merged: Merged, layers: Sequence[int] | None = None, partner: Tensor | None = None
-) -> dict[tuple[Kind, int], Tensor]:
-    """Values of all nodes in one forward: ``(kind, layer) -> (b, p, ...)``, shaped as :func:`on_nodes` gives them.
-
-    With ``partner`` ``(b, p')``, of those positions alone and in that order.
-    """
-    values: dict[tuple[Kind, int], Tensor] = {}
-
-    def keep(kind: Kind, layer: int, x: Tensor) -> None:
-        values[kind, layer] = x.detach().clone() if partner is None else partnered(x.detach(), partner)
-
-    with torch.no_grad(), on_nodes(adapter, keep, layers):
-        decode(adapter, merged)
-    return values
-
-
-def partnered(values: Tensor, partner: Tensor) -> Tensor:
-    """``values`` of counterfactual positions, in the order of the clean ones. ``(b, p', ...), (b, p) -> (b, p, ...)``."""
-    rows = torch.arange(len(values), device=values.device)[:, None]
-    return values[rows, partner]
-
-
-def counterfactual_embeddings(
-    clean: Merged, corrupted: Merged, partner: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Embeddings and DeepStack features of the counterfactual at the clean prompt's positions."""
-    embeds = partnered(corrupted.embeds, partner)
-    ours, theirs = clean.visual(), corrupted.visual()
-    if not clean.deepstack or ours is None or theirs is None:
-        return embeds, ()
-    added = []
-    for features in corrupted.deepstack:
-        everywhere = corrupted.embeds.new_zeros(corrupted.embeds.shape)
-        everywhere[theirs] = features.to(everywhere.dtype)
-        added.append(partnered(everywhere, partner)[ours])
-    return embeds, tuple(added)
-
-
-@contextmanager
-def left_as_found(model: Any) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; modes, ``requires_grad`` and random state restored on every exit."""
-    training = [(module, module.training) for module in model.modules()]
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    random = torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        model.eval()
-        for parameter, _ in grads:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, wanted in grads:
-            parameter.requires_grad_(wanted)
-        for module, mode in training:
-            module.training = mode
-        torch.set_rng_state(random)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state_all(on_gpu)
-
-
-def as_pair_set(pairs: Any) -> PairSet:
-    """``pairs`` when they are prepared already.
-
-    Raises:
-        ShapeError: they are not.
-    """
-    if not isinstance(pairs, PairSet):
-        raise ShapeError(
-            f"pairs: expected a PairSet, found {type(pairs).__name__}. "
-            "Call microtome.circuits.prepare(model, processor, pairs) first"
-        )
-    return pairs
-
-
-def answers_correctly(model: Any, pairs: PairSet, batch_size: int = 16) -> npt.NDArray[np.bool_]:
-    """Which pairs the model answers correctly on both sides, by the most likely token. Shape ``(n,)``."""
-    from microtome.capture.models import adapt
-
-    adapter = adapt(model)
-    right = np.zeros(len(pairs), bool)
-    with left_as_found(model), torch.no_grad():
-        for batch in pairs.batches(batch_size, model.device):
-            clean, corrupted = (last_logits(adapter, side) for side in merge_pair(adapter, batch))
-            ok = (clean.argmax(-1) == batch.answers) & (corrupted.argmax(-1) == batch.corrupted_answers)
-            right[list(batch.indices)] = ok.cpu().numpy()
-    return right
-
-
-def require_finite(values: Tensor, what: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        NonFiniteError: there are some.
-    """
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise NonFiniteError(f"{what}: expected finite numbers, found {bad} of {values.numel()} that are not")

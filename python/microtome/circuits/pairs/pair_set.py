@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from microtome.circuits.forward.decoder import Merged, merge
 from microtome.errors import ShapeError
 
-__all__ = ["GROUPS", "PairBatch", "PairSet", "PreparedPair"]
+__all__ = ["GROUPS", "PairBatch", "PairSet", "PreparedPair", "as_pair_set", "merge_pair"]
 
 GROUPS = ("prefix", "data", "query", "generation")
 """Position groups in the order of a prompt; ``prefix`` is what precedes the data."""
@@ -86,9 +87,11 @@ class PairSet:
 
     Example:
         >>> from microtome import organism
+        >>> from microtome.circuits import prepare
         >>> model, processor = organism.load_model(), organism.load_processor()
         >>> pairs = prepare(model, processor, organism.pairs("colour", "visual", 4))
-        >>> len(pairs), pairs.groups["generation"] == (pairs.n_slots - 1,) (4, True)
+        >>> len(pairs), pairs.groups["generation"] == (pairs.n_slots - 1,)
+        (4, True)
     """
 
     pairs: tuple[PreparedPair, ...]
@@ -213,3 +216,22 @@ def _layout(pair: PreparedPair) -> tuple[Any, ...]:
         (name, tuple(x.shape)) for side in (pair.clean, pair.corrupted) for name, x in sorted(side.items())
     )
     return (pair.kinds, *shapes)
+
+
+def as_pair_set(pairs: Any) -> PairSet:
+    """``pairs`` when they are prepared already.
+
+    Raises:
+        ShapeError: they are not.
+    """
+    if not isinstance(pairs, PairSet):
+        raise ShapeError(
+            f"pairs: expected a PairSet, found {type(pairs).__name__}. "
+            "Call microtome.circuits.prepare(model, processor, pairs) first"
+        )
+    return pairs
+
+
+def merge_pair(adapter: Any, batch: PairBatch) -> tuple[Merged, Merged]:
+    """Both sides of a batch of pairs."""
+    return merge(adapter, batch.clean), merge(adapter, batch.corrupted)

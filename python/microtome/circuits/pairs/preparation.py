@@ -7,13 +7,16 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from microtome.circuits.forward.decoder import answers_correctly
-from microtome.circuits.pairs.pair_set import Align, PairSet
+from microtome.circuits.forward.decoder import last_logits
+from microtome.circuits.forward.restore import left_as_found
+from microtome.circuits.pairs.pair_set import Align, PairSet, merge_pair
 from microtome.circuits.pairs.reading import read_pair
 from microtome.errors import ShapeError
 
-__all__ = ["prepare"]
+__all__ = ["answers_correctly", "prepare"]
 
 
 def prepare(
@@ -70,3 +73,17 @@ def prepare(
             f"pairs: correct_only: expected prompts that the model answers, found none of {len(found)}"
         )
     return replace(found[np.flatnonzero(keep)], dropped=found.dropped + wrong)
+
+
+def answers_correctly(model: Any, pairs: PairSet, batch_size: int = 16) -> npt.NDArray[np.bool_]:
+    """Which pairs the model answers correctly on both sides, by the most likely token. Shape ``(n,)``."""
+    from microtome.capture.models import adapt
+
+    adapter = adapt(model)
+    right = np.zeros(len(pairs), bool)
+    with left_as_found(model), torch.no_grad():
+        for batch in pairs.batches(batch_size, model.device):
+            clean, corrupted = (last_logits(adapter, side) for side in merge_pair(adapter, batch))
+            ok = (clean.argmax(-1) == batch.answers) & (corrupted.argmax(-1) == batch.corrupted_answers)
+            right[list(batch.indices)] = ok.cpu().numpy()
+    return right

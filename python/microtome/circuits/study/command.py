@@ -10,12 +10,14 @@ from typing import Any
 
 import polars as pl
 
+from microtome.budget import parse_bytes
 from microtome.capture.data import load_model
-from microtome.circuits.pairs.pair_set import Align, PairSet
-from microtome.circuits.attribution.plan import parse_bytes
-from microtome.circuits.pairs.preparation import prepare
 from microtome.circuits.attribution.settings import Settings
-from microtome.circuits.study.runner import FORMS, Options, run, shared_more_in_generation, tasks_of
+from microtome.circuits.pairs.pair_set import Align, PairSet
+from microtome.circuits.pairs.preparation import prepare
+from microtome.circuits.study.options import FORMS, Options
+from microtome.circuits.study.runner import run
+from microtome.circuits.study.verdict import shared_more_in_generation
 from microtome.errors import ShapeError
 from microtome.evaluation.tasks import PromptPair, counterfactual_pairs, load_pairs, load_prompts
 
@@ -133,3 +135,12 @@ def _pairs(path: Path) -> list[PromptPair]:
     with path.open(encoding="utf-8") as file:
         paired = '"clean"' in file.readline()
     return load_pairs(path) if paired else counterfactual_pairs(load_prompts(path))
+
+
+def tasks_of(pairs: Sequence[Any]) -> dict[str, dict[str, list[Any]]]:
+    """Pairs by task and form, as their clean prompts say."""
+    out: dict[str, dict[str, list[Any]]] = {}
+    for pair in pairs:
+        task = pair.clean.task or "task"
+        out.setdefault(task, {}).setdefault(pair.clean.form, []).append(pair)
+    return out

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
-import torch
 
-from microtome.circuits.forward.decoder import left_as_found
-from microtome.circuits.pairs.pair_set import PairSet
-from microtome.circuits.attribution.plan import estimate
+from microtome.circuits.attribution.plan import estimate, seconds_per_prompt
 from microtome.circuits.backpatch.choice import all_settings
+from microtome.circuits.study.options import N_AUDITED, N_ITERATIONS, Options
+from microtome.circuits.study.sides import Side
 
-if TYPE_CHECKING:
-    from microtome.circuits.study.runner import Options, Side
-
-__all__ = ["N_AUDITED", "N_ITERATIONS", "step_costs"]
-
-N_AUDITED = 8
-"""Evaluation pairs on which scores are audited against exact patching."""
-N_ITERATIONS = 10
-"""Iterations of back-patching with the chosen setting."""
+__all__ = ["step_costs"]
 
 
 def step_costs(model: Any, sides: Mapping[tuple[str, str], Side], how: Options) -> pl.DataFrame:
@@ -32,7 +22,7 @@ def step_costs(model: Any, sides: Mapping[tuple[str, str], Side], how: Options) 
     """
     rows = []
     for (task, form), side in sides.items():
-        seconds = _seconds_per_prompt(model, side.everything, how.batch_size)
+        seconds = seconds_per_prompt(model, side.everything, how.batch_size)
         for step, forwards in _forwards(model, side, how).items():
             if forwards:
                 row = {"task": task, "form": form, "step": step, "forwards": forwards}
@@ -61,14 +51,3 @@ def _forwards(model: Any, side: Side, how: Options) -> dict[str, int]:
         "alignment": 2 * n if side.has_other else 0,
         "back-patching": n * (settings + 1) + (n - n // 2) * (N_ITERATIONS + 1) if settings and side.has_other else 0,
     }  # fmt: skip
-
-
-def _seconds_per_prompt(model: Any, pairs: PairSet, batch_size: int) -> float:
-    batch = next(pairs.batches(batch_size, model.device))
-    times = []
-    with left_as_found(model), torch.no_grad():
-        for _ in range(3):  # the first one warms up
-            start = time.perf_counter()
-            float(model(**batch.clean, use_cache=False).logits[0, -1, 0])
-            times.append(time.perf_counter() - start)
-    return min(times[1:]) / len(batch)

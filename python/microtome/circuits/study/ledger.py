@@ -17,7 +17,7 @@ import polars as pl
 
 from microtome.errors import StoreError
 
-__all__ = ["Ledger", "file_name"]
+__all__ = ["Ledger", "Tables", "file_name"]
 
 Tables = dict[str, pl.DataFrame]
 

@@ -8,88 +8,30 @@ an interrupted study goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from microtome._core import __version__
-from microtome.circuits.study import steps
+from microtome.circuits.attribution.blocks import attribute_blocks
 from microtome.circuits.backpatch.alignment import alignment
-from microtome.circuits.attribution.blocks import Blocks, attribute_blocks
 from microtome.circuits.circuit.nodes import Circuit
-from microtome.circuits.study.costs import step_costs
 from microtome.circuits.pairs.fingerprints import pairs_fingerprint, weights_fingerprint
-from microtome.circuits.forward.decoder import answers_correctly
-from microtome.circuits.study.ledger import Ledger, file_name
 from microtome.circuits.pairs.pair_set import PairSet
-from microtome.circuits.circuit.scores import SIZES
+from microtome.circuits.study import steps
 from microtome.circuits.study.clock import Clock
+from microtome.circuits.study.costs import step_costs
+from microtome.circuits.study.ledger import Ledger, Tables, file_name
+from microtome.circuits.study.options import FORMS, Options
+from microtome.circuits.study.sides import Side
 from microtome.errors import ShapeError
 
-__all__ = ["FORMS", "Options", "Side", "Study", "run", "shared_more_in_generation"]
+__all__ = ["Study", "run"]
 
-FORMS = steps.FORMS
 Say = Callable[[str], None]
-Tables = dict[str, pl.DataFrame]
-_LEAST_PAIRS = 4
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a study is done."""
-
-    method: str = "ig"
-    steps: int = 5
-    sizes: tuple[float, ...] = SIZES
-    threshold: float = 0.8
-    """Faithfulness that the chosen circuit exceeds."""
-    n_random: int = 20
-    """Random sub-circuits of the interchange, and random circuits of the overlap's chance."""
-    n_exact: int = 100
-    """Heads, and as many neurons, that are patched exactly to audit the scores; 0 leaves that out."""
-    n_blocks: int = 10
-    """Blocks of discovery pairs, for the overlap's intervals and noise floor."""
-    n_splits: int = 20
-    """Split halves of the noise floor; 0 leaves that out."""
-    n_heads: int = 3
-    """Attributed heads that are mean-ablated; 0 leaves that out."""
-    n_controls: int = 20
-    """Random sets of heads beside them."""
-    windows: tuple[int, ...] = (5, 3, 1)
-    """Windows of back-patching; none leaves that out."""
-    fraction: float = 0.75
-    seed: int = 42
-    batch_size: int = 16
-    memory_budget: int | str | None = None
-
-    def check(self) -> None:
-        """Refuse what no study can do.
-
-        Raises:
-            ShapeError: an option is out of range.
-        """
-        for name in ("n_random", "n_exact", "n_splits", "n_heads", "n_controls", "seed"):
-            if getattr(self, name) < 0:
-                raise ShapeError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        for name in ("steps", "n_blocks", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ShapeError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        if not 0 < self.fraction < 1:
-            raise ShapeError(f"fraction: expected a share between 0 and 1, found {self.fraction}")
-        if (
-            not self.sizes
-            or any(not 0 <= s <= 1 for s in self.sizes)
-            or list(self.sizes) != sorted(set(self.sizes))
-        ):
-            raise ShapeError(f"sizes: expected rising shares from 0 to 1, found {list(self.sizes)}")
-        even = [w for w in self.windows if w < 1 or w % 2 == 0]
-        if even:
-            raise ShapeError(f"windows: expected odd widths, found {even[0]}")
 
 
 @dataclass(eq=False)
@@ -113,20 +55,6 @@ class Study:
             table.write_parquet(folder / f"{name}.parquet")
         for (task, form), circuit in self.circuits.items():
             circuit.save(folder / f"circuit-{file_name(task, form)}.parquet")
-
-
-@dataclass(eq=False)
-class Side:
-    """One form of a task, and what the study has found in it so far."""
-
-    everything: PairSet
-    right: npt.NDArray[np.bool_]
-    discovery: PairSet
-    evaluation: PairSet
-    has_other: bool
-    blocks: Blocks = field(init=False)
-    circuit: Circuit = field(init=False)
-    size: float = field(init=False)
 
 
 def run(
@@ -171,7 +99,7 @@ def run(
     }
     made_of = {"version": __version__, "weights": weights_fingerprint(model)}
     ledger = Ledger(folder, made_of | told | names)
-    sides = {(t, f): _side(model, t, f, forms, how) for t, forms in tasks.items() for f in forms}
+    sides = {(t, f): Side.of(model, t, f, forms, how) for t, forms in tasks.items() for f in forms}
     study = Study()
     costs = step_costs(model, sides, how)
     clock = Clock(costs, say or (lambda _: None))
@@ -195,18 +123,6 @@ def _check(tasks: Mapping[str, Mapping[str, PairSet]]) -> None:
         raise ShapeError(
             f"tasks: expected tasks with pairs of {' and '.join(FORMS)}, found {found or 'none'}"
         )
-
-
-def _side(model: Any, task: str, form: str, forms: Mapping[str, PairSet], how: Options) -> Side:
-    pairs = forms[form]
-    right = answers_correctly(model, pairs, how.batch_size)
-    if right.sum() < _LEAST_PAIRS:
-        raise ShapeError(
-            f"{task}, {form}: expected at least {_LEAST_PAIRS} pairs whose two prompts the model answers, found "
-            f"{int(right.sum())} of {len(pairs)}"
-        )
-    discovery, evaluation = pairs[np.flatnonzero(right)].split(how.fraction, how.seed)
-    return Side(pairs, right, discovery, evaluation, set(forms) == set(FORMS))
 
 
 @dataclass(eq=False)
@@ -266,36 +182,3 @@ class _Runner:
         self.step(lambda: {"alignment": alignment(model, seen, told, seed=how.seed)}, "alignment", task)
         if how.windows:
             self.step(lambda: steps.repair(model, sides, how, progress), "back-patching", task)
-
-
-def shared_more_in_generation(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
-    """Mean nIoU per group over tasks, and whether generation shares more than data.
-
-    Raises:
-        ShapeError: no task in both forms.
-    """
-    if "overlap" not in tables:
-        raise ShapeError("overlap: expected a task in both forms, found none")
-    means = (
-        tables["overlap"]
-        .filter(pl.col("kind") == "mean")
-        .group_by("group")
-        .agg(
-            pl.col("niou").filter(pl.col("niou").is_not_nan()).mean(),
-            pl.col("iou").mean(),
-            pl.len().alias("n_tasks"),
-            pl.col("niou").is_nan().sum().alias("n_undefined"),
-        )
-    )
-    of = dict(zip(means["group"], means["niou"], strict=True))
-    more = of.get("generation") is not None and of.get("data") is not None and of["generation"] > of["data"]
-    return means.sort("group").with_columns(pl.lit(more).alias("generation_above_data"))
-
-
-def tasks_of(pairs: Sequence[Any]) -> dict[str, dict[str, list[Any]]]:
-    """Pairs by task and form, as their clean prompts say."""
-    out: dict[str, dict[str, list[Any]]] = {}
-    for pair in pairs:
-        task = pair.clean.task or "task"
-        out.setdefault(task, {}).setdefault(pair.clean.form, []).append(pair)
-    return out

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from microtome.circuits.ablation.interventions import ablate_heads, attributed_heads, head_means, random_heads
 from microtome.circuits.ablation.attention_maps import attention_maps
-from microtome.circuits.attribution.nodes import attribute
-from microtome.circuits.attribution.audit import exact_agreement, rank_correlation
-from microtome.circuits.backpatch.patching import back_patch, back_patch_iterated
-from microtome.circuits.attribution.blocks import overlap_intervals
 from microtome.circuits.ablation.causal import causal_test
-from microtome.circuits.study.costs import N_AUDITED, N_ITERATIONS
+from microtome.circuits.ablation.controls import attributed_heads, random_heads
+from microtome.circuits.ablation.interventions import ablate_heads, head_means
+from microtome.circuits.attribution.audit import exact_agreement
+from microtome.circuits.attribution.blocks import overlap_intervals
+from microtome.circuits.attribution.nodes import attribute
+from microtome.circuits.backpatch.choice import BackPatch, gap_closed
+from microtome.circuits.backpatch.patching import back_patch, back_patch_iterated
+from microtome.circuits.circuit.overlap import compare_circuits
+from microtome.circuits.circuit.scores import NodeScores
 from microtome.circuits.faithfulness.nodes import faithfulness_curve
 from microtome.circuits.interchange import interchange, interchange_controls, interchange_table
-from microtome.circuits.circuit.overlap import compare_circuits
-from microtome.circuits.backpatch.choice import BackPatch, gap_closed
-from microtome.circuits.circuit.scores import NodeScores
+from microtome.circuits.statistics import rank_correlation
+from microtome.circuits.study.ledger import Tables
+from microtome.circuits.study.options import FORMS, N_AUDITED, N_ITERATIONS, Options
+from microtome.circuits.study.sides import Side
 from microtome.errors import ShapeError
-
-if TYPE_CHECKING:
-    from microtome.circuits.study.runner import Options, Side
 
 __all__ = ["audit", "curve", "effects", "heads", "overlap", "repair", "swaps"]
 
-Tables = dict[str, pl.DataFrame]
 N_SHOWN = 4
 """Prompts whose attention maps are kept."""
-FORMS = ("visual", "textual")
 
 
 def curve(model: Any, side: Side, scores: NodeScores, how: Options, progress: bool) -> Tables:
