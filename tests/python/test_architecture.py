@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,126 @@ def test_rooms_form_no_circle():
 
     for node in list(edges):
         visit(node, ())
+
+
+CIRCUIT_FLOORS = [
+    {"statistics", "circuit"},
+    {"forward"},
+    {"pairs"},
+    {"attribution", "ablation", "backpatch"},
+    {"faithfulness"},
+    {"interchange"},
+    {"study"},
+]
+CIRCUIT_FLOOR = {room: level for level, rooms in enumerate(CIRCUIT_FLOORS) for room in rooms}
+
+
+def circuit_sources() -> dict[str, str]:
+    """Dotted name inside ``microtome.circuits`` -> source; rooms' and the package's own ``__init__`` left out."""
+    root = PACKAGE / "circuits"
+    files = (p for p in root.rglob("*.py") if p.name != "__init__.py")
+    return {".".join(p.relative_to(root).with_suffix("").parts): p.read_text() for p in files}
+
+
+def circuit_imports(source: str, names):
+    """Files of ``microtome.circuits`` that a file imports, also inside functions and TYPE_CHECKING blocks."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            files = [name for name in below if name.removeprefix("microtome.circuits.") in names]
+            found = files or [node.module]
+        else:
+            continue
+        yield from (
+            n.removeprefix("microtome.circuits.") for n in found if n.startswith("microtome.circuits.")
+        )
+
+
+def imports_upstairs(sources: dict[str, str]) -> list[str]:
+    wrong = []
+    for name, source in sources.items():
+        here = name.split(".")[0]
+        for other in circuit_imports(source, sources):
+            there = other.split(".")[0]
+            if there != here and CIRCUIT_FLOOR[there] >= CIRCUIT_FLOOR[here]:
+                wrong.append(f"{name} imports {other}")
+    return wrong
+
+
+def circles(sources: dict[str, str]) -> list[str]:
+    """Files whose imports lead into a circle; none when there is none."""
+    edges = {name: set(circuit_imports(source, sources)) & set(sources) for name, source in sources.items()}
+    while leaves := [name for name, others in edges.items() if not others]:
+        edges = {name: others.difference(leaves) for name, others in edges.items() if name not in leaves}
+    return sorted(edges)
+
+
+def test_rooms_of_circuits_import_downstairs():
+    sources = circuit_sources()
+    assert {name.split(".")[0] for name in sources} == set(CIRCUIT_FLOOR)
+    assert not imports_upstairs(sources)
+
+
+def test_files_of_circuits_form_no_circle():
+    assert not circles(circuit_sources())
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "circle"),
+    [
+        ("circuit.nodes", "import microtome.circuits.study.runner", True),
+        ("forward.decoder", "from microtome.circuits.pairs.pair_set import PairBatch", True),
+        ("ablation.causal", "from microtome.circuits.attribution.nodes import attribute", False),
+        ("statistics", "from microtome.circuits.study import steps", True),
+    ],
+)
+@pytest.mark.parametrize("where", ["{}", "def later():\n    {}", "if TYPE_CHECKING:\n    {}"])
+def test_an_import_upstairs_is_seen_wherever_it_hides(name, line, circle, where):
+    sources = circuit_sources()
+    sources[name] += "\n" + where.format(line)
+    assert [found.split()[0] for found in imports_upstairs(sources)] == [name]
+    assert (name in circles(sources)) == circle
+
+
+def test_a_circle_within_a_room_of_circuits_is_seen():
+    sources = circuit_sources()
+    sources["study.options"] += "\nfrom microtome.circuits.study.sides import Side"
+    assert not imports_upstairs(sources)
+    assert {"study.options", "study.sides"} <= set(circles(sources))
+
+
+def test_every_room_of_circuits_says_what_is_in_which_file():
+    root = PACKAGE / "circuits"
+    told = ast.get_docstring(ast.parse((root / "__init__.py").read_text()))
+    for room in CIRCUIT_FLOOR:
+        assert re.search(rf"^ .*\b{room}\b", told, re.MULTILINE), room
+        if (root / room).is_dir():
+            text = ast.get_docstring(ast.parse((root / room / "__init__.py").read_text()))
+            named = set(re.findall(r"``(\w+)``", text))
+            files = {p.stem for p in (root / room).glob("*.py")} - {"__init__"}
+            assert files <= named, (room, files - named)
+
+
+def test_circuits_and_statistics_are_numpy_alone():
+    root = PACKAGE / "circuits"
+    for path in [*(root / "circuit").glob("*.py"), root / "statistics.py", root / "backpatch" / "choice.py"]:
+        names = {name.split(".")[0] for name, _ in imports(ast.parse(path.read_text()))}
+        assert "torch" not in names, path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "ablation.ablate_heads", "attribution.attribute", "backpatch.back_patch", "circuit.Circuit",
+        "faithfulness.faithfulness", "interchange.interchange", "statistics.jackknife", "study.run",
+        "study.command.study",
+    ],
+)  # fmt: skip
+def test_paths_that_documents_name_can_be_imported(path):
+    module, name = f"microtome.circuits.{path}".rsplit(".", 1)
+    assert callable(getattr(import_module(module), name))
 
 
 def test_importing_microtome_needs_numpy_and_polars_alone():
