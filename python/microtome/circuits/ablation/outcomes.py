@@ -89,8 +89,7 @@ def outcome(
         raise ShapeError(f"groups: expected every answer in a group, found {sorted(missing)} in none")
     found = np.zeros((3, len(items)))
     with left_as_found(model), torch.no_grad(), bar("answering", len(items), progress, "items") as done:
-        seen = 0
-        for batch in items.batches(batch_size, model.device):
+        for batch in items.batches(batch_size, model.device, done):
             logits = model(**batch.clean, use_cache=False).logits[:, -1].double()
             everywhere = logits.softmax(-1)
             mass = torch.stack([everywhere[:, list(group)].sum(-1) for group in groups], -1)  # (b, groups)
@@ -99,8 +98,6 @@ def outcome(
             share = p / mass.sum(-1)
             rows = torch.stack([(mass.argmax(-1) == right).double(), share, p])
             found[:, list(batch.indices)] = rows.cpu().numpy()
-            seen += len(batch)
-            done(seen)
     return Outcome(found[0].astype(bool), found[1], found[2])
 
 

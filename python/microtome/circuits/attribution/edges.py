@@ -89,11 +89,8 @@ def attribute_edges(
         watched_attention(model) as watch,
         bar("edge attribution", len(pairs), progress, "pairs") as done,
     ):
-        seen = 0
-        for batch in pairs.batches(batch_size, model.device):
+        for batch in pairs.batches(batch_size, model.device, done):
             total += _batch(adapter, batch, points, watch)
-            seen += len(batch)
-            done(seen)
     graph = EdgeGraph(adapter.n_layers, adapter.n_heads, adapter.d_model, np.zeros(shape, np.float32))
     scores = (total / len(pairs)).cpu().numpy().astype(np.float32)
     facts = {

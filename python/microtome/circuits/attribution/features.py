@@ -164,16 +164,13 @@ def feature_attribution(
         watched_attention(model) as watch,
         bar("feature attribution", len(pairs), progress, "prompts") as done,
     ):
-        seen = 0
-        for batch in pairs.batches(batch_size, model.device):
+        for batch in pairs.batches(batch_size, model.device, done):
             run = _Run(adapter, batch, layer, v, sites, watch)
             clean = merge(adapter, batch.clean)
             for site, values in run.scores(
                 clean, _corrupted(adapter, batch, clean, mean), method, targets
             ).items():
                 totals[site] += values
-            seen += len(batch)
-            done(seen)
     return FeatureScores(layer, {site: x / len(pairs) for site, x in totals.items()}, method, len(pairs))
 
 

@@ -90,13 +90,10 @@ def back_patch(
     ids = _labels(pairs, labels, model.device)
     found = np.zeros((2, len(chosen) + 1, len(pairs)))
     with left_as_found(model), torch.no_grad(), bar("back-patching", len(pairs), progress, "prompts") as done:
-        seen = 0
-        for batch in pairs.batches(batch_size, model.device):
+        for batch in pairs.batches(batch_size, model.device, done):
             found[:, :, list(batch.indices)] = _answers(
                 adapter, pairs, batch, chosen, ids, group, repeat_processing
             )
-            seen += len(batch)
-            done(seen)
     correct, likely = found[0].astype(bool), found[1]
     return BackPatch(chosen, correct[:-1], correct[-1], likely[:-1], likely[-1])
 

@@ -96,14 +96,11 @@ def edge_faithfulness_of(
         watched_attention(model) as watch,
         bar("edge faithfulness", len(pairs), progress, "pairs") as done,
     ):
-        seen = 0
-        for batch in pairs.batches(batch_size, model.device):
+        for batch in pairs.batches(batch_size, model.device, done):
             cut = EdgesCut.of(adapter, batch, watch)
             rows = [cut.difference(cut.logits(graph)) for graph in graphs]
             rows += [cut.difference(cut.empty), cut.difference(cut.full)]
             differences[:, list(batch.indices)] = rows
-            seen += len(batch)
-            done(seen)
     *kept, empty, full = differences
     return [
         Faithfulness(row, empty, full, average, "counterfactual edges", int(graph.selected.sum()))

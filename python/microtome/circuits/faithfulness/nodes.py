@@ -116,11 +116,8 @@ def faithfulness_of(
     differences = np.full((len(circuits) + 2, len(pairs)), np.nan)
     with left_as_found(model), torch.no_grad(), bar("faithfulness", len(pairs), progress, "pairs") as done:
         replacements = Replacements(adapter, reference or pairs, pairs, ablation, seed, batch_size)
-        seen = 0
-        for batch in pairs.batches(batch_size, model.device):
+        for batch in pairs.batches(batch_size, model.device, done):
             differences[:, list(batch.indices)] = _differences(adapter, batch, circuits, replacements)
-            seen += len(batch)
-            done(seen)
     *kept, empty, full = differences
     return [
         Faithfulness(row, empty, full, average, ablation, len(circuit))

@@ -9,7 +9,7 @@ any length take part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -153,16 +153,28 @@ class PairSet:
             slots[pair.spans.get(group, np.empty(0, np.int64))] = i
         return slots
 
-    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[PairBatch]:
-        """The pairs in batches of equal tensor shapes, in order within each shape."""
+    def batches(
+        self,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        done: Callable[[int], None] = lambda _: None,
+    ) -> Iterator[PairBatch]:
+        """The pairs in batches of equal tensor shapes, in order within each shape.
+
+        ``done`` is told after each batch how many pairs lie behind.
+        """
         if batch_size < 1:
             raise ShapeError(f"batch_size: expected 1 or more, found {batch_size}")
+        behind = 0
         layouts: dict[tuple[Any, ...], list[int]] = {}
         for i, pair in enumerate(self.pairs):
             layouts.setdefault(_layout(pair), []).append(i)
         for members in layouts.values():
             for start in range(0, len(members), batch_size):
-                yield self._stack(tuple(members[start : start + batch_size]), device)
+                chosen = tuple(members[start : start + batch_size])
+                yield self._stack(chosen, device)
+                behind += len(chosen)
+                done(behind)
 
     def _stack(self, indices: tuple[int, ...], device: torch.device | str) -> PairBatch:
         pairs = [self.pairs[i] for i in indices]
