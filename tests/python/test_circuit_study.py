@@ -1,5 +1,6 @@
 """The study end to end on the model organism, and what the organism's circuits are like."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import microtome as mt
 from microtome import circuits, organism
 from microtome.circuits import (
+    Blocks,
     Circuit,
+    NodeScores,
     alignment,
     back_patch,
     faithfulness_curve,
@@ -151,6 +155,24 @@ def test_tasks_are_added_to_a_study_and_nothing_else_changes(shipped, tmp_path):
         run(shipped[0], tasks, tmp_path, replace(options, seed=1))
     with pytest.raises(StoreError, match="pairs counting, visual"):
         run(shipped[0], words_twice(shipped, 9), tmp_path, options)
+
+
+def test_nothing_of_a_task_is_held_once_it_is_done(shipped, tmp_path):
+    """Neither scores nor tensors: the second task begins with what the first began with."""
+    pairs = words_twice(shipped, 8)["counting"]
+    tasks = {name: {"textual": pairs["textual"]} for name in ("first", "second", "third")}
+    options = replace(OPTIONS, n_exact=2, n_random=0, windows=())
+    held = []
+
+    def count(line):
+        if line.endswith(" to go") and ": attribution" in line:
+            gc.collect()
+            alive = [type(x) for x in gc.get_objects()]
+            held.append([alive.count(kind) for kind in (torch.Tensor, NodeScores, Blocks, np.memmap)])
+
+    run(shipped[0], tasks, tmp_path, options, say=count)
+    assert len(held) == 3
+    assert held[0] == held[1] == held[2]
 
 
 def test_estimate_runs_nothing(shipped, tmp_path):

@@ -109,12 +109,16 @@ def run(
         return study
     runner = _Runner(model, study, how, ledger, clock, folder, progress)
     for task, forms in tasks.items():
-        for form in forms:
-            runner.one_form(task, form, sides[task, form])
-        if set(forms) == set(FORMS):
-            runner.both_forms(task, {form: sides[task, form] for form in FORMS})
+        _one_task(runner, task, {form: sides.pop((task, form)) for form in forms})  # its scores go with it
         study.save(folder)
     return study
+
+
+def _one_task(runner: _Runner, task: str, sides: Mapping[str, Side]) -> None:
+    for form, side in sides.items():
+        runner.one_form(task, form, side)
+    if set(sides) == set(FORMS):
+        runner.both_forms(task, sides)
 
 
 def _check(tasks: Mapping[str, Mapping[str, PairSet]]) -> None:
