@@ -1,13 +1,12 @@
 """Circuits across modalities: which nodes do a task, how faithful they are, what two modalities share, and what repairs them.
 
-Each room imports those above it:
+Rooms, from the ground up; each imports only those of the lines before its own.
 
     statistics     intervals and tests
     circuit/       sets of nodes and edges, their scores, what two sets share
     forward/       one forward of the model: run, listened to, overwritten
     pairs/         clean prompts and their counterfactuals, as tensors
-    attribution/   scores of nodes and edges          ablation/   heads, features and nodes taken out
-    backpatch/     late values put into early layers
+    attribution/   scores of nodes and edges    ablation/  what is taken out, what is lost    backpatch/  late values put early
     faithfulness/  how much a circuit alone keeps
     interchange    sub-circuits exchanged between two forms of a task
     study/         all of it on one model

@@ -22,6 +22,7 @@ from microtome.errors import ShapeError
 __all__ = ["ablation_table", "causal_test"]
 
 Begin = Callable[[], AbstractContextManager[None]]
+"""Gives the context manager of an intervention, anew for every run."""
 
 
 def causal_test(
@@ -129,7 +130,7 @@ def _against(name: str, was: Any, now: Any, controls: Any, seed: int) -> dict[st
 def ablation_table(
     model: Any,
     items: PairSet,
-    interventions: Mapping[str, Callable[[], AbstractContextManager[None]]],
+    interventions: Mapping[str, Begin],
     groups: Sequence[Sequence[int]] | None = None,
     *,
     batch_size: int = 16,
