@@ -32,8 +32,6 @@ from microtome.circuits.pairs.pair_set import PairBatch, merge_pair
 __all__ = ["EdgesCut"]
 
 Mask = npt.NDArray[np.bool_]
-
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 

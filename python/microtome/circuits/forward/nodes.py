@@ -23,8 +23,6 @@ NodeValues = dict[tuple[NodeKind, int], Tensor]
 """``(kind, layer)`` -> values of all nodes there."""
 
 Visit = Callable[[NodeKind, int, Tensor], Tensor | None]
-
-
 HOOKS: dict[NodeKind, str] = {"heads": "blocks.{}.attn.hook_z", "neurons": "blocks.{}.mlp.hook_post"}
 
 

@@ -116,7 +116,7 @@ def _from_files(
     model, processor = load_model(name)
     prepared = {
         task: {form: _prepared(model, processor, task, form, found, align) for form, found in forms.items()}
-        for task, forms in tasks_of(pairs).items()
+        for task, forms in _tasks_of(pairs).items()
     }
     return model, prepared
 
@@ -137,7 +137,7 @@ def _pairs(path: Path) -> list[PromptPair]:
     return load_pairs(path) if paired else counterfactual_pairs(load_prompts(path))
 
 
-def tasks_of(pairs: Sequence[Any]) -> dict[str, dict[str, list[Any]]]:
+def _tasks_of(pairs: Sequence[Any]) -> dict[str, dict[str, list[Any]]]:
     """Pairs by task and form, as their clean prompts say."""
     out: dict[str, dict[str, list[Any]]] = {}
     for pair in pairs:

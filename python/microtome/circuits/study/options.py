@@ -12,8 +12,6 @@ __all__ = ["FORMS", "N_AUDITED", "N_ITERATIONS", "Options"]
 FORMS = ("visual", "textual")
 N_AUDITED = 8
 """Evaluation pairs on which scores are audited against exact patching."""
-
-
 N_ITERATIONS = 10
 """Iterations of back-patching with the chosen setting."""
 
