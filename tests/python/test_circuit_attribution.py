@@ -235,14 +235,14 @@ def test_budget_below_one_layer_at_one_position_is_refused():
 
 
 def test_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path, monkeypatch):
-    from microtome.circuits import attribution, streaming
+    from microtome.circuits.attribution import nodes, streaming
 
     monkeypatch.setattr(streaming, "CHECKPOINT_SECONDS", 0.0)
     built = tiny("llava")
     pairs = pairs_of(built, 4)
     arguments = {"steps": 2, "batch_size": 1, "memory_budget": int(1.05 * least(built.model, pairs))}
     whole = mt.attribute(built.model, pairs, **arguments)
-    calls, real = [], attribution.add_batch
+    calls, real = [], nodes.add_batch
 
     def fails_late(*args):
         calls.append(1)
@@ -250,7 +250,7 @@ def test_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path, monkeypatch
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(attribution, "add_batch", fails_late)
+    monkeypatch.setattr(nodes, "add_batch", fails_late)
     before = state(built.model)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
