@@ -1,6 +1,7 @@
 """Overlap: hand-computed IoU, the exact chance level, positions between forms, interchange, saved circuits."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import polars as pl
@@ -290,6 +291,23 @@ def test_split_half_gives_the_noise_floor_per_group():
     assert table.columns == ["split", "group", "iou", "chance", "niou"]
     assert table.filter(pl.col("group") == "all")["iou"].is_between(0.01, 1).all()
     assert table["split"].n_unique() == 2
+
+
+def test_mean_over_blocks_holds_little_beside_its_result():
+    rng = np.random.default_rng(0)
+    shapes = (32, 8, 4), (32, 8, 1000)
+    parts = [NodeScores(*(rng.random(s, np.float32) for s in shapes), n_pairs=i + 1) for i in range(4)]
+    empty = NodeScores(*(np.full(s, np.nan, np.float32) for s in shapes), n_pairs=0, n_skipped=5)
+    tracemalloc.start()
+    mean = Blocks((*parts, empty)).scores()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    for kind in ("heads", "neurons"):
+        whole = sum(part.n_pairs * getattr(part, kind).astype(np.float64) for part in parts) / 10
+        np.testing.assert_allclose(getattr(mean, kind), whole, rtol=1e-6)
+    assert peak < 1.5 * (mean.heads.nbytes + mean.neurons.nbytes)
+    assert (mean.n_pairs, mean.n_skipped) == (10, 5)
+    assert np.isnan(Blocks((empty, empty)).scores().neurons).all(), "no pair, no mean"
 
 
 def planted(rng, spread, n=8):
