@@ -11,7 +11,7 @@ import tiny_models
 from circuit_cases import assert_same_state, linear_model, pairs_of, state, tiny
 from microtome.capture.models import adapt
 from microtome.circuits import estimate, prepare
-from microtome.circuits.forward import last_logits, logit_difference, merge
+from microtome.circuits.forward.decoder import last_logits, logit_difference, merge
 from microtome.errors import ShapeError, StoreError
 
 METHODS = ["plain", "ig", "clean_corrupted", "ig_activations"]
@@ -126,8 +126,8 @@ def test_merged_path_moves_the_image_and_the_text_only_path_does_not():
 
 def test_path_of_a_deepstack_model_ends_at_the_counterfactual():
     """Trap 10: DeepStack features move with the embeddings, so the path's start says what the counterfactual says."""
-    from microtome.circuits.forward import merge_pair
-    from microtome.circuits.passes import interpolated
+    from microtome.circuits.attribution.path import interpolated
+    from microtome.circuits.pairs.pair_set import merge_pair
 
     built = tiny("qwen3_vl")
     adapter = adapt(built.model)
@@ -235,14 +235,14 @@ def test_budget_below_one_layer_at_one_position_is_refused():
 
 
 def test_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path, monkeypatch):
-    from microtome.circuits import attribution, streaming
+    from microtome.circuits.attribution import nodes, streaming
 
     monkeypatch.setattr(streaming, "CHECKPOINT_SECONDS", 0.0)
     built = tiny("llava")
     pairs = pairs_of(built, 4)
     arguments = {"steps": 2, "batch_size": 1, "memory_budget": int(1.05 * least(built.model, pairs))}
     whole = mt.attribute(built.model, pairs, **arguments)
-    calls, real = [], attribution.add_batch
+    calls, real = [], nodes.add_batch
 
     def fails_late(*args):
         calls.append(1)
@@ -250,7 +250,7 @@ def test_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path, monkeypatch
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(attribution, "add_batch", fails_late)
+    monkeypatch.setattr(nodes, "add_batch", fails_late)
     before = state(built.model)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -359,8 +359,9 @@ def test_plan_of_a_28_layer_model_at_a_thousand_image_tokens_keeps_within_the_bu
     """Sizes of Qwen2-VL-7B in bfloat16; the plan covers every layer and position exactly once."""
     from types import SimpleNamespace
 
-    from microtome.circuits.plan import parse_bytes, plan_run
-    from microtome.circuits.settings import Settings
+    from microtome.budget import parse_bytes
+    from microtome.circuits.attribution.plan import plan_run
+    from microtome.circuits.attribution.settings import Settings
 
     sizes = {"n_layers": 28, "d_model": 3584, "n_heads": 28, "d_head": 128, "d_mlp": 18944}
     model = SimpleNamespace(parameters=lambda: iter([torch.zeros(1, dtype=torch.bfloat16)]))

@@ -29,7 +29,7 @@ from microtome.circuits import (
     random_heads,
     token_group,
 )
-from microtome.circuits.outcomes import NO, YES, Outcome
+from microtome.circuits.ablation.outcomes import NO, YES, Outcome
 from microtome.errors import ShapeError
 
 rng = np.random.default_rng(0)
@@ -409,8 +409,9 @@ def test_z_scores_add_up_to_the_change_of_a_linear_target():
     a, b = (feature_attribution(model, pairs, 0, V[0], mean, m, sites=("z",)) for m in "AB")
     np.testing.assert_allclose(a.heads, -b.heads, atol=1e-5)
     adapter = adapt(model)
-    from microtome.circuits.feature_attribution import _corrupted
-    from microtome.circuits.forward import decode, merge, on_residuals
+    from microtome.circuits.attribution.features import _corrupted
+    from microtome.circuits.forward.decoder import decode, merge
+    from microtome.circuits.forward.nodes import on_residuals
 
     batch = next(pairs.batches(1))
     clean = merge(adapter, batch.clean)
@@ -430,8 +431,8 @@ def test_keys_are_attributed_per_query_head():
     mean = mean_embedding(model, pairs_of(built, 4))
     found = feature_attribution(model, pairs, 1, V[0], mean, sites=("q", "k"))
     adapter = adapt(model)
-    from microtome.circuits.feature_attribution import _corrupted
-    from microtome.circuits.forward import decode, merge
+    from microtome.circuits.attribution.features import _corrupted
+    from microtome.circuits.forward.decoder import decode, merge
 
     batch = next(pairs.batches(1))
     clean = merge(adapter, batch.clean)
@@ -463,7 +464,7 @@ def test_mean_embedding_is_the_mean_of_visual_tokens():
     built = tiny("qwen3_vl")
     pairs = pairs_of(built, 2)
     adapter = adapt(built.model)
-    from microtome.circuits.forward import merge
+    from microtome.circuits.forward.decoder import merge
 
     rows = [merge(adapter, p.clean) for p in pairs]
     image = adapter.row_kinds(pairs.pairs[0].clean["input_ids"])[0] != 0

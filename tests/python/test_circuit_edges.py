@@ -10,9 +10,11 @@ import tiny_models
 from circuit_cases import assert_same_state, pairs_of, state, tiny
 from microtome.capture.models import adapt
 from microtome.circuits import EdgeGraph, attribute_edges
-from microtome.circuits.edges import _input_gradients, _sources, deepstack_deltas
-from microtome.circuits.forward import logit_difference, merge_pair
-from microtome.circuits.watched import watched_attention
+from microtome.circuits.attribution.edges import _input_gradients, _sources
+from microtome.circuits.forward.attention import watched_attention
+from microtome.circuits.forward.decoder import logit_difference
+from microtome.circuits.forward.wiring import deepstack_deltas
+from microtome.circuits.pairs.pair_set import merge_pair
 from microtome.errors import ShapeError
 
 
@@ -130,7 +132,7 @@ def test_input_gradients_through_heads_add_up_to_the_gradient_of_the_layer():
     with watched_attention(built.model) as watch:
         grads = _input_gradients(adapter, batch, clean, watch)
     leaf = clean.embeds.clone().requires_grad_()
-    from microtome.circuits.forward import last_logits
+    from microtome.circuits.forward.decoder import last_logits
 
     value = logit_difference(last_logits(adapter, clean.at(leaf, ())), batch.answers, batch.corrupted_answers)
     (whole,) = torch.autograd.grad(value.sum(), leaf)

@@ -22,7 +22,7 @@ from microtome.circuits import (
     faithfulness_of,
     mcnemar,
 )
-from microtome.circuits.forward import logit_difference
+from microtome.circuits.forward.decoder import logit_difference
 from microtome.errors import ShapeError
 
 ABLATIONS = ["counterfactual", "mean", "mean_positional", "zero", "resample"]
@@ -168,8 +168,9 @@ def test_integrals_on_the_grid_of_mib_are_trapezoids_of_its_ten_sizes():
 
 def test_replacements_follow_their_definitions():
     """Mean over prompts and positions, over prompts alone, zero, and another prompt's values, from plain hooks."""
-    from microtome.circuits.forward import merge, node_values
-    from microtome.circuits.replacements import Replacements
+    from microtome.circuits.ablation.replacements import Replacements
+    from microtome.circuits.forward.decoder import merge
+    from microtome.circuits.forward.nodes import node_values
 
     built = tiny("llava")
     pairs = pairs_of(built, 3)

@@ -8,9 +8,10 @@ import tiny_models
 from circuit_cases import pairs_of
 from microtome.capture.models import adapt
 from microtome.circuits import feature_attribution, mean_embedding
-from microtome.circuits.feature_attribution import _corrupted
-from microtome.circuits.forward import decode, merge, on_residuals
-from microtome.circuits.watched import watched_attention
+from microtome.circuits.attribution.features import _corrupted
+from microtome.circuits.forward.attention import watched_attention
+from microtome.circuits.forward.decoder import decode, merge
+from microtome.circuits.forward.nodes import on_residuals
 
 LAYER = 1
 EPSILON = 1e-2  # norms and softmax run in float32 even in a float64 model: a smaller step drowns in rounding

@@ -1,6 +1,7 @@
 """Overlap: hand-computed IoU, the exact chance level, positions between forms, interchange, saved circuits."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import polars as pl
@@ -11,12 +12,13 @@ from hypothesis import strategies as st
 import microtome as mt
 from circuit_cases import assert_same_state, pairs_of, state, tiny
 from microtome.circuits import Circuit, CircuitShape, NodeScores, PositionMap, compare_circuits, interchange
-from microtome.circuits.audit import completeness, exact_agreement, patching_map, rank_correlation
-from microtome.circuits.blocks import Blocks, attribute_blocks, overlap_intervals, split_half
-from microtome.circuits.fingerprints import pairs_fingerprint, weights_fingerprint
+from microtome.circuits.attribution.audit import completeness, exact_agreement
+from microtome.circuits.attribution.blocks import Blocks, attribute_blocks, overlap_intervals, split_half
+from microtome.circuits.circuit.overlap import normalised_iou
+from microtome.circuits.faithfulness.nodes import patching_map
 from microtome.circuits.interchange import interchange_table, random_subcircuit, swapped_circuit
-from microtome.circuits.overlap import normalised_iou
-from microtome.circuits.statistics import jackknife
+from microtome.circuits.pairs.fingerprints import pairs_fingerprint, weights_fingerprint
+from microtome.circuits.statistics import jackknife, rank_correlation
 from microtome.errors import ShapeError
 
 GROUPS = {"prefix": (0,), "data": (1, 2), "query": (3,), "generation": (4,)}
@@ -289,6 +291,23 @@ def test_split_half_gives_the_noise_floor_per_group():
     assert table.columns == ["split", "group", "iou", "chance", "niou"]
     assert table.filter(pl.col("group") == "all")["iou"].is_between(0.01, 1).all()
     assert table["split"].n_unique() == 2
+
+
+def test_mean_over_blocks_holds_little_beside_its_result():
+    rng = np.random.default_rng(0)
+    shapes = (32, 8, 4), (32, 8, 1000)
+    parts = [NodeScores(*(rng.random(s, np.float32) for s in shapes), n_pairs=i + 1) for i in range(4)]
+    empty = NodeScores(*(np.full(s, np.nan, np.float32) for s in shapes), n_pairs=0, n_skipped=5)
+    tracemalloc.start()
+    mean = Blocks((*parts, empty)).scores()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    for kind in ("heads", "neurons"):
+        whole = sum(part.n_pairs * getattr(part, kind).astype(np.float64) for part in parts) / 10
+        np.testing.assert_allclose(getattr(mean, kind), whole, rtol=1e-6)
+    assert peak < 1.5 * (mean.heads.nbytes + mean.neurons.nbytes)
+    assert (mean.n_pairs, mean.n_skipped) == (10, 5)
+    assert np.isnan(Blocks((empty, empty)).scores().neurons).all(), "no pair, no mean"
 
 
 def planted(rng, spread, n=8):

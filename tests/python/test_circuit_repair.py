@@ -8,7 +8,7 @@ import tiny_models
 from circuit_cases import assert_same_state, failing_at, pairs_of, state, tiny
 from microtome.capture.models import adapt
 from microtome.circuits import alignment, back_patch, back_patch_iterated, gap_closed
-from microtome.circuits.repair import BackPatch, Setting, all_settings
+from microtome.circuits.backpatch.choice import BackPatch, Setting, all_settings
 from microtome.errors import ShapeError
 
 

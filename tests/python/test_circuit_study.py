@@ -1,16 +1,21 @@
 """The study end to end on the model organism, and what the organism's circuits are like."""
 
+import gc
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import microtome as mt
-from microtome import organism
+from microtome import circuits, organism
 from microtome.circuits import (
+    Blocks,
     Circuit,
+    NodeScores,
     alignment,
     back_patch,
     faithfulness_curve,
@@ -111,7 +116,7 @@ def test_study_writes_its_tables_figures_and_report(shipped, tmp_path):
 
 
 def test_interrupted_study_goes_on_where_it_was(shipped, tmp_path, monkeypatch):
-    from microtome.circuits import steps
+    from microtome.circuits.study import steps
 
     tasks = words_twice(shipped)
     whole = run(shipped[0], tasks, tmp_path / "whole", OPTIONS)
@@ -150,6 +155,24 @@ def test_tasks_are_added_to_a_study_and_nothing_else_changes(shipped, tmp_path):
         run(shipped[0], tasks, tmp_path, replace(options, seed=1))
     with pytest.raises(StoreError, match="pairs counting, visual"):
         run(shipped[0], words_twice(shipped, 9), tmp_path, options)
+
+
+def test_nothing_of_a_task_is_held_once_it_is_done(shipped, tmp_path):
+    """Neither scores nor tensors: the second task begins with what the first began with."""
+    pairs = words_twice(shipped, 8)["counting"]
+    tasks = {name: {"textual": pairs["textual"]} for name in ("first", "second", "third")}
+    options = replace(OPTIONS, n_exact=2, n_random=0, windows=())
+    held = []
+
+    def count(line):
+        if line.endswith(" to go") and ": attribution" in line:
+            gc.collect()
+            alive = [type(x) for x in gc.get_objects()]
+            held.append([alive.count(kind) for kind in (torch.Tensor, NodeScores, Blocks, np.memmap)])
+
+    run(shipped[0], tasks, tmp_path, options, say=count)
+    assert len(held) == 3
+    assert held[0] == held[1] == held[2]
 
 
 def test_estimate_runs_nothing(shipped, tmp_path):
@@ -264,18 +287,18 @@ def test_files_that_hold_no_pair_are_one_line_and_exit_code_2(row, message, tmp_
     assert message in said[0]
 
 
-@pytest.mark.parametrize("name", [
-    "ablation", "alignment", "audit", "backpatch", "blocks", "causal", "circuit", "command", "faithfulness",
-    "fingerprints", "interchange", "ledger", "outcomes", "overlap", "positions", "preparation", "repair", "scores",
-    "statistics", "timing",
-])  # fmt: skip
-def test_examples_in_docstrings_say_what_is_printed(name):
+ROOMS = Path(circuits.__file__).parent
+EXAMPLES = [p.relative_to(ROOMS) for p in sorted(ROOMS.rglob("*.py")) if ">>> " in p.read_text()]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=str)
+def test_examples_in_docstrings_say_what_is_printed(path):
     import doctest
     from importlib import import_module
 
-    found = doctest.testmod(
-        import_module(f"microtome.circuits.{name}"), optionflags=doctest.NORMALIZE_WHITESPACE
-    )
+    name = ".".join(("microtome", "circuits", *path.with_suffix("").parts))
+    found = doctest.testmod(import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert found.attempted
     assert found.failed == 0
 
 

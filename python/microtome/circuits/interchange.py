@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.circuits.circuit import KINDS, Circuit
-from microtome.circuits.faithfulness import Ablation, faithfulness_of
-from microtome.circuits.pairs import PairSet
-from microtome.circuits.positions import PositionMap
+from microtome.circuits.ablation.replacements import Ablation
+from microtome.circuits.circuit.nodes import KINDS, Circuit
+from microtome.circuits.circuit.positions import PositionMap
+from microtome.circuits.faithfulness.nodes import faithfulness_of
+from microtome.circuits.pairs.pair_set import PairSet
 from microtome.errors import ShapeError
 
 __all__ = [

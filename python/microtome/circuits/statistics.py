@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 
 from microtome.errors import ShapeError
 
-__all__ = ["Interval", "bootstrap", "jackknife", "mcnemar"]
+__all__ = ["Interval", "bootstrap", "jackknife", "mcnemar", "rank_correlation"]
 
 Vector = npt.NDArray[np.float64]
 
@@ -131,3 +132,24 @@ def mcnemar(before: npt.ArrayLike, after: npt.ArrayLike) -> float:
         return 1.0
     tail = sum(comb(n, i) for i in range(min(b, c) + 1)) / 2**n
     return float(min(1.0, 2 * tail))
+
+
+def rank_correlation(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
+    """Spearman's ρ, ties at their mean rank; NaN for fewer than two values or a constant.
+
+    Raises:
+        ShapeError: the vectors differ in length.
+
+    Example:
+        >>> round(rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]), 6)
+        0.8
+    """
+    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ShapeError(
+            f"rank_correlation: expected two vectors of one length, found {a.shape} and {b.shape}"
+        )
+    ranks = [pl.Series(v).rank("average").to_numpy() for v in (a, b)]
+    if len(a) < 2 or any(np.ptp(r) == 0 for r in ranks):
+        return float("nan")
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

@@ -49,7 +49,7 @@ def circuit(
 
     Example: `microtome circuit organism --tasks colour --tasks counting --out runs/circuits`
     """
-    from microtome.circuits.command import numbers, study
+    from microtome.circuits.study.command import numbers, study
 
     options = {
         "method": method,
