@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from microtome.circuits.circuit.scores import NodeScores
 from microtome.circuits.pairs.fingerprints import pairs_fingerprint, weights_fingerprint
 from microtome.circuits.pairs.pair_set import PairSet
 from microtome.errors import StoreError
+from microtome.whole import write_whole
 
 __all__ = ["Stream"]
 
@@ -79,10 +79,8 @@ class Stream:
 
     def _write_record(self) -> None:
         if self._folder is not None:
-            _replace(
-                self._folder / "run.json",
-                json.dumps({"identity": self._identity, "finished": self._finished}).encode(),
-            )
+            record = json.dumps({"identity": self._identity, "finished": self._finished})
+            write_whole(self._folder / "run.json", lambda beside: beside.write_text(record))
 
     def is_finished(self, number: int) -> bool:
         """Whether a tile is done already."""
@@ -111,18 +109,18 @@ class Stream:
         """Save the sums so far, when the last save is long ago."""
         if self._folder is None or time.monotonic() - self._saved_at < CHECKPOINT_SECONDS:
             return
-        path = self._folder / "partial.npz.tmp"
-        with path.open("wb") as file:
-            np.savez(
-                file,
-                tile=number,
-                heads=total.heads.cpu().numpy(),
-                neurons=total.neurons.cpu().numpy(),
-                counts=[total.n_pairs, total.n_skipped, total.batches_done],
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        path.replace(self._folder / "partial.npz")
+        sums = {
+            "tile": number,
+            "heads": total.heads.cpu().numpy(),
+            "neurons": total.neurons.cpu().numpy(),
+            "counts": [total.n_pairs, total.n_skipped, total.batches_done],
+        }
+
+        def save(beside: Path) -> None:
+            with beside.open("wb") as file:  # NumPy would give a path another ending
+                np.savez(file, **sums)
+
+        write_whole(self._folder / "partial.npz", save)
         self._saved_at = time.monotonic()
 
     def finish(self, number: int, tile: Tile, total: Accumulator) -> None:
@@ -169,12 +167,3 @@ class Stream:
         if self._folder is not None:
             scores.save(self._folder)
         return scores
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

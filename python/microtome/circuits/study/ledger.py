@@ -16,6 +16,7 @@ from urllib.parse import quote
 import polars as pl
 
 from microtome.errors import StoreError
+from microtome.whole import write_whole
 
 __all__ = ["Ledger", "Tables", "file_name"]
 
@@ -49,7 +50,7 @@ class Ledger:
                     f"{told[changed]!r}. Choose another folder"
                 )
             told = known | told
-        _replace(path, json.dumps(told, indent=1))
+        write_whole(path, lambda beside: beside.write_text(json.dumps(told, indent=1)))
 
     def __contains__(self, step: str) -> bool:
         return (self._steps / f"{step}.json").exists()
@@ -62,14 +63,8 @@ class Ledger:
         made = make()
         for name, table in made.items():
             table.write_parquet(self._path(step, name))
-        _replace(done, json.dumps(list(made)))
+        write_whole(done, lambda beside: beside.write_text(json.dumps(list(made))))
         return made
 
     def _path(self, step: str, name: str) -> Path:
         return self._steps / f"{step}.{name}.parquet"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from microtome.errors import CheckpointError, UnsafeCheckpointError
+from microtome.whole import write_whole
 
 __all__ = ["Checkpoint", "checkpoints", "write_json", "write_npz", "write_pickle", "write_safetensors"]
 
@@ -179,22 +179,10 @@ def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
-def _replace(path: Path, write: Any) -> Path:
-    """Write beside ``path`` and rename: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     """Write tensors with their own memory each, in one rename."""
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return _replace(path, lambda beside: save_file(owned, beside, metadata))
+    return write_whole(path, lambda beside: save_file(owned, beside, metadata))
 
 
 def write_pickle(path: Path, content: dict[str, Any]) -> Path:
@@ -203,7 +191,7 @@ def write_pickle(path: Path, content: dict[str, Any]) -> Path:
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format) if isinstance(v, Tensor) else v
         for k, v in content.items()
     }
-    return _replace(path, lambda beside: torch.save(owned, beside))
+    return write_whole(path, lambda beside: torch.save(owned, beside))
 
 
 def write_npz(path: Path, tensors: dict[str, Tensor]) -> Path:
@@ -213,11 +201,11 @@ def write_npz(path: Path, tensors: dict[str, Tensor]) -> Path:
         with beside.open("wb") as file:
             np.savez(file, **{name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()})
 
-    return _replace(path, write)
+    return write_whole(path, write)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Write a configuration, indented, in one rename."""
-    return _replace(
+    return write_whole(
         path, lambda beside: beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     )
