@@ -86,7 +86,10 @@ fn uppers(instruction: &Instruction) -> Uppers {
     }
     // A scalar or shorter form that reads what it writes, still clears what is beyond its length.
     let target = instruction.op0_register();
-    let writes = !matches!(info.op0_access(), OpAccess::None | OpAccess::NoMemAccess | OpAccess::Read | OpAccess::CondRead);
+    let writes = !matches!(
+        info.op0_access(),
+        OpAccess::None | OpAccess::NoMemAccess | OpAccess::Read | OpAccess::CondRead
+    );
     if writes && !target.is_zmm() {
         uppers.written |= bit(target);
     }

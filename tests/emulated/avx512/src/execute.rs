@@ -4,9 +4,11 @@ use bytemuck::Pod;
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, RoundingControl};
 
 use crate::cpu::{Cpu, Vector};
-use crate::glue::{self, CARRY, PARITY, STATUS, ZERO};
+use crate::glue;
 use crate::lanes::{self, Float};
-use crate::operands::{At, ones};
+use crate::movements::movements;
+use crate::operands::At;
+use crate::scalars::{conversions, scalars};
 
 /// Why an instruction was not executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +48,7 @@ fn vector(at: &mut At<'_>) -> Outcome<()> {
     if !matches!(instruction.rounding_control(), RoundingControl::None | RoundingControl::RoundToNearest) {
         return Err(Refusal::Form);
     }
-    for family in [moves, floats, fused, integers, shuffles, scalars, conversions, masks] {
+    for family in [moves, floats, fused, integers, movements, scalars, conversions, masks] {
         match family(at) {
             Err(Refusal::Unknown) => {}
             outcome => return outcome,
@@ -56,7 +58,7 @@ fn vector(at: &mut At<'_>) -> Outcome<()> {
 }
 
 /// `f` of lanes of operands 1 and 2.
-fn zip<T: Pod>(at: &mut At<'_>, f: impl Fn(T, T) -> T) -> Outcome<()> {
+pub(crate) fn zip<T: Pod>(at: &mut At<'_>, f: impl Fn(T, T) -> T) -> Outcome<()> {
     let (mut a, b) = (at.vector::<T>(1)?, at.vector::<T>(2)?);
     for (a, b) in a.lanes_mut::<T>().iter_mut().zip(b.lanes::<T>()) {
         *a = f(*a, *b);
@@ -65,7 +67,7 @@ fn zip<T: Pod>(at: &mut At<'_>, f: impl Fn(T, T) -> T) -> Outcome<()> {
 }
 
 /// `f` of lanes of operand 1.
-fn map<T: Pod>(at: &mut At<'_>, f: impl Fn(T) -> T) -> Outcome<()> {
+pub(crate) fn map<T: Pod>(at: &mut At<'_>, f: impl Fn(T) -> T) -> Outcome<()> {
     let mut a = at.vector::<T>(1)?;
     a.lanes_mut::<T>().iter_mut().for_each(|a| *a = f(*a));
     at.write_vector::<T>(a)
@@ -147,9 +149,7 @@ fn fused(at: &mut At<'_>) -> Outcome<()> {
         M::Vfmadd213pd => zip3::<f64>(at, |x, y, z| lanes::fma(y, x, z)),
         M::Vfmadd231pd => zip3::<f64>(at, |x, y, z| lanes::fma(y, z, x)),
         M::Vpdpbusd => zip3::<u32>(at, lanes::dot_bytes),
-        M::Vdpbf16ps => {
-            zip3::<f32>(at, |sum, a, b| lanes::dot_brain_floats(sum, a.to_bits(), b.to_bits()))
-        }
+        M::Vdpbf16ps => zip3::<f32>(at, |sum, a, b| lanes::dot_brain_floats(sum, a.to_bits(), b.to_bits())),
         _ => Err(Refusal::Unknown),
     }
 }
@@ -205,235 +205,8 @@ fn compare_integers<T: Pod, O: Ord>(at: &mut At<'_>, number: impl Fn(T) -> O) ->
 }
 
 /// Whether the last operand is an immediate: shifts also come with a count in a register.
-fn immediate(at: &At<'_>) -> bool {
+pub(crate) fn immediate(at: &At<'_>) -> bool {
     at.instruction.op2_kind() == OpKind::Immediate8
-}
-
-/// Movements of lanes, and of parts of vectors.
-fn shuffles(at: &mut At<'_>) -> Outcome<()> {
-    use Mnemonic as M;
-    let selector = at.instruction.immediate8() as usize;
-    match at.instruction.mnemonic() {
-        M::Vmovshdup => gather::<u32>(at, 1, |l, _| (0, l | 1)),
-        M::Vpermilps if immediate(at) => {
-            gather::<u32>(at, 1, |l, _| (0, l / 4 * 4 + (selector >> (l % 4 * 2) & 3)))
-        }
-        M::Vshufps => gather::<u32>(at, 2, |l, _| {
-            (usize::from(l % 4 >= 2), l / 4 * 4 + (selector >> (l % 4 * 2) & 3))
-        }),
-        M::Vshufpd => gather::<u64>(at, 2, |l, _| (l % 2, l / 2 * 2 + (selector >> l & 1))),
-        M::Vpermpd | M::Vpermq if immediate(at) => {
-            gather::<u64>(at, 1, |l, _| (0, l / 4 * 4 + (selector >> (l % 4 * 2) & 3)))
-        }
-        // Indices come first, the table second.
-        M::Vpermpd | M::Vpermq => permute::<u64>(at),
-        M::Vpermps | M::Vpermd => permute::<u32>(at),
-        M::Vpermt2ps | M::Vpermt2d => permute_two::<u32>(at, 1, 0),
-        M::Vpermt2pd | M::Vpermt2q => permute_two::<u64>(at, 1, 0),
-        M::Vpermi2ps | M::Vpermi2d => permute_two::<u32>(at, 0, 1),
-        M::Vpermi2pd | M::Vpermi2q => permute_two::<u64>(at, 0, 1),
-        M::Vinsertps => insert_lane(at),
-        M::Vextractf32x4 | M::Vextracti32x4 => extract(at, 16),
-        M::Vextractf64x4 | M::Vextracti64x4 => extract(at, 32),
-        M::Vinsertf32x4 | M::Vinserti32x4 => insert(at, 16),
-        M::Vinsertf64x4 | M::Vinserti64x4 => insert(at, 32),
-        M::Vpmovdb => narrow::<u8>(at, |v| v as u8),
-        M::Vpmovdw => narrow::<u16>(at, |v| v as u16),
-        _ => Err(Refusal::Unknown),
-    }
-}
-
-/// Lane `l` is the lane of the source that `from` names; sources are operands 1 to `sources`.
-fn gather<T: Pod>(at: &mut At<'_>, sources: u32, from: impl Fn(usize, usize) -> (usize, usize)) -> Outcome<()> {
-    let vectors = [at.vector::<T>(1)?, at.vector::<T>(sources)?];
-    let (mut result, lanes) = (Vector::default(), at.length(0) / size_of::<T>());
-    for l in 0..lanes {
-        let (source, lane) = from(l, lanes);
-        result.lanes_mut::<T>()[l] = vectors[source].lanes::<T>()[lane];
-    }
-    at.write_vector::<T>(result)
-}
-
-fn permute<T: Pod>(at: &mut At<'_>) -> Outcome<()> {
-    let (indices, table) = (at.vector::<T>(1)?, at.vector::<T>(2)?);
-    let (mut result, lanes) = (Vector::default(), at.length(0) / size_of::<T>());
-    for l in 0..lanes {
-        let index = indices.lanes::<u8>()[l * size_of::<T>()] as usize;
-        result.lanes_mut::<T>()[l] = table.lanes::<T>()[index % lanes];
-    }
-    at.write_vector::<T>(result)
-}
-
-/// Lanes of two tables, the second in operand 2; indices and first table as said.
-fn permute_two<T: Pod>(at: &mut At<'_>, indices: u32, first: u32) -> Outcome<()> {
-    let (indices, tables) = (at.vector::<T>(indices)?, [at.vector::<T>(first)?, at.vector::<T>(2)?]);
-    let (mut result, lanes) = (Vector::default(), at.length(0) / size_of::<T>());
-    for l in 0..lanes {
-        let index = indices.lanes::<u8>()[l * size_of::<T>()] as usize;
-        result.lanes_mut::<T>()[l] = tables[index / lanes % 2].lanes::<T>()[index % lanes];
-    }
-    at.write_vector::<T>(result)
-}
-
-/// VINSERTPS: one lane of operand 2 into operand 1, and zeros where the immediate says.
-fn insert_lane(at: &mut At<'_>) -> Outcome<()> {
-    let selector = at.instruction.immediate8();
-    let mut vector = at.vector::<u32>(1)?;
-    let lane = match at.instruction.op2_kind() {
-        OpKind::Memory => at.bits(2, 4)? as u32,
-        _ => at.vector::<u32>(2)?.lanes::<u32>()[usize::from(selector >> 6)],
-    };
-    vector.lanes_mut::<u32>()[usize::from(selector >> 4 & 3)] = lane;
-    for (l, lane) in vector.lanes_mut::<u32>()[..4].iter_mut().enumerate() {
-        if selector >> l & 1 == 1 {
-            *lane = 0;
-        }
-    }
-    at.write_vector::<u32>(vector)
-}
-
-fn extract(at: &mut At<'_>, bytes: usize) -> Outcome<()> {
-    at.unmasked()?;
-    let (vector, parts) = (at.vector::<u8>(1)?, at.length(1) / bytes);
-    let start = at.instruction.immediate8() as usize % parts * bytes;
-    let mut part = Vector::default();
-    part.lanes_mut::<u8>()[..bytes].copy_from_slice(&vector.lanes()[start..start + bytes]);
-    at.write_vector::<u8>(part)
-}
-
-fn insert(at: &mut At<'_>, bytes: usize) -> Outcome<()> {
-    at.unmasked()?;
-    let (mut vector, part, parts) = (at.vector::<u8>(1)?, at.vector::<u8>(2)?, at.length(0) / bytes);
-    let start = at.instruction.immediate8() as usize % parts * bytes;
-    vector.lanes_mut::<u8>()[start..start + bytes].copy_from_slice(&part.lanes()[..bytes]);
-    at.write_vector::<u8>(vector)
-}
-
-/// The low parts of 32-bit lanes, side by side.
-fn narrow<T: Pod>(at: &mut At<'_>, f: impl Fn(u32) -> T) -> Outcome<()> {
-    let (from, lanes) = (at.vector::<u32>(1)?, at.length(1) / 4);
-    let mut result = Vector::default();
-    for (to, from) in result.lanes_mut::<T>().iter_mut().zip(&from.lanes::<u32>()[..lanes]) {
-        *to = f(*from);
-    }
-    at.write_vector::<T>(result)
-}
-
-/// Lane 0 alone.
-fn scalars(at: &mut At<'_>) -> Outcome<()> {
-    use Mnemonic as M;
-    match at.instruction.mnemonic() {
-        M::Vaddsd => scalar::<f64>(at, lanes::add),
-        M::Vaddss => scalar::<f32>(at, lanes::add),
-        M::Vsubsd => scalar::<f64>(at, lanes::sub),
-        M::Vsubss => scalar::<f32>(at, lanes::sub),
-        M::Vmulsd => scalar::<f64>(at, lanes::mul),
-        M::Vmulss => scalar::<f32>(at, lanes::mul),
-        M::Vmaxsd => scalar::<f64>(at, lanes::max),
-        M::Vmaxss => scalar::<f32>(at, lanes::max),
-        M::Vcmpss => compare_scalars::<f32>(at),
-        M::Vcmpsd => compare_scalars::<f64>(at),
-        M::Vmovss if at.instruction.op_count() == 3 => scalar::<f32>(at, |_, b| b),
-        M::Vmovsd if at.instruction.op_count() == 3 => scalar::<f64>(at, |_, b| b),
-        M::Vmovss => move_scalar::<u32>(at),
-        M::Vmovsd => move_scalar::<u64>(at),
-        M::Vucomiss => order::<f32>(at),
-        M::Vucomisd => order::<f64>(at),
-        M::Vmovd => move_bits(at, 4),
-        M::Vmovq => move_bits(at, 8),
-        M::Vpinsrd => {
-            let (mut vector, bits) = (at.vector::<u32>(1)?, at.bits(2, 4)?);
-            vector.lanes_mut::<u32>()[at.instruction.immediate8() as usize & 3] = bits as u32;
-            at.write_vector::<u32>(vector)
-        }
-        _ => Err(Refusal::Unknown),
-    }
-}
-
-fn lane<T: Pod>(at: &At<'_>, operand: u32) -> Outcome<T> {
-    let bits = at.bits(operand, size_of::<T>())?;
-    Ok(bytemuck::pod_read_unaligned(&bits.to_le_bytes()[..size_of::<T>()]))
-}
-
-fn scalar<T: Pod>(at: &mut At<'_>, f: impl Fn(T, T) -> T) -> Outcome<()> {
-    let value = f(lane(at, 1)?, lane(at, 2)?);
-    let rest = at.vector::<T>(1)?;
-    at.write_scalar(value, rest)
-}
-
-fn compare_scalars<F: Float>(at: &mut At<'_>) -> Outcome<()> {
-    let (a, b): (F, F) = (lane(at, 1)?, lane(at, 2)?);
-    let holds = lanes::compares(at.instruction.immediate8(), a, b);
-    at.write_comparison::<F>(size_of::<F>(), |_| holds)
-}
-
-fn move_scalar<T: Pod>(at: &mut At<'_>) -> Outcome<()> {
-    if at.instruction.op0_kind() == OpKind::Memory {
-        let value = at.vector::<T>(1)?;
-        return at.write_vector::<T>(value);
-    }
-    let value: T = lane(at, 1)?;
-    at.write_scalar(value, Vector::default())
-}
-
-/// VUCOMISS and its like: flags.
-fn order<F: Float>(at: &mut At<'_>) -> Outcome<()> {
-    let (a, b): (F, F) = (lane(at, 0)?, lane(at, 1)?);
-    let flags = match a.partial_cmp(&b) {
-        None => ZERO | PARITY | CARRY,
-        Some(std::cmp::Ordering::Less) => CARRY,
-        Some(std::cmp::Ordering::Equal) => ZERO,
-        Some(std::cmp::Ordering::Greater) => 0,
-    };
-    at.cpu.flags = at.cpu.flags & !STATUS | flags;
-    Ok(())
-}
-
-/// VMOVD, VMOVQ: between lane 0 and a general register or memory.
-fn move_bits(at: &mut At<'_>, bytes: usize) -> Outcome<()> {
-    let bits = at.bits(1, bytes)? & ones(8 * bytes);
-    if at.instruction.op0_register().is_vector_register() {
-        let mut vector = Vector::default();
-        vector.lanes_mut::<u64>()[0] = bits;
-        return at.write_vector::<u64>(vector);
-    }
-    at.write_bits(bytes, bits)
-}
-
-fn conversions(at: &mut At<'_>) -> Outcome<()> {
-    use Mnemonic as M;
-    match at.instruction.mnemonic() {
-        M::Vcvtdq2ps => map::<u32>(at, |v| (v.cast_signed() as f32).to_bits()),
-        M::Vcvtps2pd => {
-            at.unmasked()?;
-            let from = at.vector::<f32>(1)?;
-            let mut result = Vector::default();
-            for (to, from) in result.lanes_mut::<f64>().iter_mut().zip(from.lanes()) {
-                *to = lanes::widen(*from);
-            }
-            at.write_vector::<f64>(result)
-        }
-        M::Vcvtss2sd => {
-            let (value, rest) = (lanes::widen(lane(at, 2)?), at.vector::<f64>(1)?);
-            at.write_scalar(value, rest)
-        }
-        M::Vcvtsi2ss => {
-            let bytes = at.instruction.op2_register().size().max(at.instruction.memory_size().size());
-            let bits = at.bits(2, bytes)?;
-            let value =
-                if bytes == 8 { bits.cast_signed() as f32 } else { (bits as u32).cast_signed() as f32 };
-            let rest = at.vector::<f32>(1)?;
-            at.write_scalar(value, rest)
-        }
-        M::Vcvttss2si => {
-            let value: f32 = lane(at, 1)?;
-            match at.instruction.op0_register().size() {
-                8 => at.write_bits(8, lanes::truncate_to_64(value).cast_unsigned()),
-                _ => at.write_bits(4, u64::from(lanes::truncate_to_32(value).cast_unsigned())),
-            }
-        }
-        _ => Err(Refusal::Unknown),
-    }
 }
 
 /// Instructions of mask registers.

@@ -29,8 +29,8 @@ impl Future {
     pub fn of(address: u64) -> Self {
         let live = Walk::new().run(address, |entry| (entry.uppers.read, entry.uppers.written));
         // A fault ends what the processor does by itself.
-        let cleared =
-            Walk::new().run(address, |entry| if entry.faults { (0, u16::MAX) } else { (entry.uppers.written, 0) });
+        let cleared = Walk::new()
+            .run(address, |entry| if entry.faults { (0, u16::MAX) } else { (entry.uppers.written, 0) });
         Self { dead: !live, cleared }
     }
 }
@@ -51,13 +51,7 @@ struct Walk {
 
 impl Walk {
     fn new() -> Self {
-        Self {
-            addresses: [0; 2 * REACH],
-            arrived: [0; 2 * REACH],
-            visited: 0,
-            queue: [0; REACH],
-            queued: 0,
-        }
+        Self { addresses: [0; 2 * REACH], arrived: [0; 2 * REACH], visited: 0, queue: [0; REACH], queued: 0 }
     }
 
     /// The registers on which some way finds what `finds` says of an instruction, or which go where code cannot be followed.

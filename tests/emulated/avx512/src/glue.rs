@@ -20,7 +20,9 @@ pub(crate) const STATUS: u64 = CARRY | PARITY | ADJUST | ZERO | SIGN | OVERFLOW;
 pub(crate) fn execute(at: &mut At<'_>) -> Outcome<()> {
     let next = at.instruction.next_ip();
     let target = match at.instruction.mnemonic() {
-        Mnemonic::Jmp if at.instruction.op0_kind() == OpKind::NearBranch64 => at.instruction.near_branch_target(),
+        Mnemonic::Jmp if at.instruction.op0_kind() == OpKind::NearBranch64 => {
+            at.instruction.near_branch_target()
+        }
         _ if at.instruction.is_jcc_short_or_near() => {
             if holds(at.instruction.condition_code(), at.cpu.flags) {
                 at.instruction.near_branch_target()

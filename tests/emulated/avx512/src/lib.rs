@@ -23,6 +23,8 @@ pub mod frame;
 pub mod future;
 mod glue;
 pub mod lanes;
+mod movements;
 mod operands;
 mod preload;
+mod scalars;
 pub mod trap;

@@ -124,7 +124,9 @@ impl At<'_> {
                 write(address, &result.lanes()[..bytes]);
                 return Ok(());
             }
-            for (l, value) in result.lanes::<u8>()[..bytes].chunks(lane).enumerate().filter(|(l, _)| active(*l)) {
+            for (l, value) in
+                result.lanes::<u8>()[..bytes].chunks(lane).enumerate().filter(|(l, _)| active(*l))
+            {
                 write(address + (l * lane) as u64, value);
             }
             return Ok(());
@@ -197,7 +199,11 @@ impl At<'_> {
     }
 
     /// Writes a mask that compared lanes of a vector of `length` bytes; the write-mask takes bits away.
-    pub(crate) fn write_comparison<T: Pod>(&mut self, length: usize, holds: impl Fn(usize) -> bool) -> Outcome<()> {
+    pub(crate) fn write_comparison<T: Pod>(
+        &mut self,
+        length: usize,
+        holds: impl Fn(usize) -> bool,
+    ) -> Outcome<()> {
         let lanes = length / size_of::<T>();
         let found = (0..lanes).filter(|&l| holds(l)).fold(0, |mask, l| mask | 1 << l);
         let mask = found & self.mask().unwrap_or(u64::MAX);

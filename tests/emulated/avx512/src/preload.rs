@@ -16,7 +16,8 @@ extern "C" fn load() {
 
 extern "C" fn unload() {
     let [faults, steps, executed] = trap::counts();
-    let line = format!("emulated AVX-512: {executed} instructions in {faults} faults, {steps} single steps\n");
+    let line =
+        format!("emulated AVX-512: {executed} instructions in {faults} faults, {steps} single steps\n");
     // SAFETY: `line` is so many readable bytes.
     unsafe { libc::write(2, line.as_ptr().cast(), line.len()) };
 }
