@@ -1,6 +1,7 @@
 //! How much a selection scores in f64 on paths that this processor lacks: pairs per row and per member, and rows that escape.
 //!
-//! `MICROTOME_EMULATED=avx512,avx512bf16,avx512vnni cargo run --release -p emulated-avx512 --example candidates`
+//! `MICROTOME_EMULATED=avx512,avx512bf16,avx512vnni cargo run --release -p emulated-avx512 --example candidates`, with the
+//! names of paths and the widths that are wanted, else all.
 //!
 //! Rows are Gaussian, features are too, divided by the square root of the width: the numbers of the encoding benchmark.
 #![allow(clippy::print_stdout)]
@@ -32,16 +33,23 @@ fn gaussian(n: usize, seed: u64, scale: f64) -> Vec<f32> {
 
 fn main() {
     trap::install();
-    println!("path        screen       certificate    d     k   pairs/row  pairs/k  escaped  instructions  seconds");
-    for (d, n_features, k) in SHAPES {
+    println!(
+        "path        screen       certificate    d     k   pairs/row  pairs/k  escaped  instructions  seconds"
+    );
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let (widths, names): (Vec<_>, Vec<_>) = words.into_iter().partition(|word| word.parse::<usize>().is_ok());
+    let asked = |words: &[String], word: &str| words.is_empty() || words.iter().any(|w| w == word);
+    for (d, n_features, k) in SHAPES.into_iter().filter(|(d, ..)| asked(&widths, &d.to_string())) {
         let x = gaussian(ROWS * d, 1, 1.0);
         let w = gaussian(n_features * d, 2, (d as f64).sqrt().recip());
-        for isa in Isa::available().filter(|isa| isa.path() >= Path::Avx2) {
+        let wanted = |isa: &Isa| isa.path() >= Path::Avx2 && asked(&names, isa.path().name());
+        for isa in Isa::available().filter(wanted) {
             for certificate in [Certificate::Deterministic, Certificate::Dithered] {
                 let plan = Plan::with_isa(isa, d, certificate, None);
                 let screen = format!("{:?}", plan.screen());
                 let panels = w.chunks(32 * d).enumerate();
-                let panels = panels.map(|(p, rows)| plan.panel(p, rows.to_vec(), &Terms::default())).collect();
+                let panels =
+                    panels.map(|(p, rows)| plan.panel(p, rows.to_vec(), &Terms::default())).collect();
                 let dictionary = Dictionary::new(plan, panels);
                 let (start, before, mut space) = (Instant::now(), trap::counts()[2], Space::default());
                 dictionary.select(&x, Wanted::Best { k, positive: true }, &mut space);

@@ -50,6 +50,8 @@ struct Walk {
 }
 
 impl Walk {
+    // A signal handler must not allocate.
+    #[allow(clippy::large_stack_arrays)]
     fn new() -> Self {
         Self { addresses: [0; 2 * REACH], arrived: [0; 2 * REACH], visited: 0, queue: [0; REACH], queued: 0 }
     }

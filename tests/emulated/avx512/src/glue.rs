@@ -135,14 +135,17 @@ fn difference(a: u64, b: u64, mask: u64) -> (u64, u64) {
 }
 
 fn carries(carry: bool, overflow: bool, halves: u64) -> u64 {
-    u64::from(carry) * CARRY | u64::from(overflow) * OVERFLOW | halves & ADJUST
+    flag(carry, CARRY) | flag(overflow, OVERFLOW) | (halves & ADJUST)
 }
 
 fn of_result(result: u64, mask: u64) -> u64 {
     let sign = mask / 2 + 1;
-    u64::from(result & mask == 0) * ZERO
-        | u64::from(result & sign != 0) * SIGN
-        | u64::from((result as u8).count_ones().is_multiple_of(2)) * PARITY
+    let even = (result as u8).count_ones().is_multiple_of(2);
+    flag(result & mask == 0, ZERO) | flag(result & sign != 0, SIGN) | flag(even, PARITY)
+}
+
+fn flag(set: bool, flag: u64) -> u64 {
+    if set { flag } else { 0 }
 }
 
 fn holds(condition: ConditionCode, flags: u64) -> bool {

@@ -67,7 +67,7 @@ impl Random {
             0 | 1 => bits,
             2 => bits & 0x807f_ffff,
             3 => special[bits as usize % special.len()] | bits & 0x8000_0000,
-            _ => (bits & 0x80ff_ffff) | 0x3e00_0000 + (bits >> 26 << 23),
+            _ => (bits & 0x80ff_ffff) | (0x3e00_0000 + (bits >> 26 << 23)),
         }
     }
 
@@ -79,7 +79,7 @@ impl Random {
             0 | 1 => bits,
             2 => bits & 0x800f_ffff_ffff_ffff,
             3 => special[bits as usize % special.len()] | bits & (1 << 63),
-            _ => (bits & 0x801f_ffff_ffff_ffff) | 0x3fd0_0000_0000_0000 + (bits >> 60 << 52),
+            _ => (bits & 0x801f_ffff_ffff_ffff) | (0x3fd0_0000_0000_0000 + (bits >> 60 << 52)),
         }
     }
 
