@@ -56,7 +56,7 @@ test-full: wheel  ## the long fault tiers as well
 	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not gpu"
 
-sanitize: $(VENV)/.ready  ## the kernels and the store under AddressSanitizer
+sanitize:  ## the kernels and the store under AddressSanitizer
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --quiet --target $$(rustc -vV | sed -n 's/host: //p') \
 		--target-dir $(TARGET)/asan --lib --test kernels_encode --test metrics_similarity --test store_roundtrip
 
