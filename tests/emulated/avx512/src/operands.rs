@@ -10,13 +10,38 @@ use crate::execute::{Outcome, Refusal};
 /// Copies from memory of the program.
 fn read(address: u64, to: &mut [u8]) {
     // SAFETY: the program executes an instruction that reads these bytes; if it may not, it faults here as there.
-    unsafe { std::ptr::copy_nonoverlapping(address as *const u8, to.as_mut_ptr(), to.len()) }
+    unsafe { copy(address as *const u8, to.as_mut_ptr(), to.len()) }
 }
 
 /// Copies to memory of the program.
 fn write(address: u64, from: &[u8]) {
     // SAFETY: the program executes an instruction that writes these bytes; if it may not, it faults here as there.
-    unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), address as *mut u8, from.len()) }
+    unsafe { copy(from.as_ptr(), address as *mut u8, from.len()) }
+}
+
+/// Copies without `memcpy`: the program may have one of its own, that of a sanitizer for instance.
+///
+/// # Safety
+/// `bytes` bytes can be read and written there, and do not overlap.
+unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
+    /// The same of a known number.
+    unsafe fn known<const BYTES: usize>(from: *const u8, to: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[u8; BYTES]>().write_unaligned(from.cast::<[u8; BYTES]>().read_unaligned()) }
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        match bytes {
+            64 => known::<64>(from, to),
+            32 => known::<32>(from, to),
+            16 => known::<16>(from, to),
+            8 => known::<8>(from, to),
+            4 => known::<4>(from, to),
+            2 => known::<2>(from, to),
+            1 => known::<1>(from, to),
+            _ => unreachable!("no operand has {bytes} bytes"),
+        }
+    }
 }
 
 /// Reads 1, 2, 4 or 8 bytes at once: another thread may write them.
