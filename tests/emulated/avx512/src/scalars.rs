@@ -23,6 +23,9 @@ pub(crate) fn scalars(at: &mut At<'_>) -> Outcome<()> {
         M::Vmulss => scalar::<f32>(at, lanes::mul),
         M::Vmaxsd => scalar::<f64>(at, lanes::max),
         M::Vmaxss => scalar::<f32>(at, lanes::max),
+        M::Vfmadd132ss => fused::<f32>(at, |x, y, z| lanes::fma(x, z, y)),
+        M::Vfmadd213ss => fused::<f32>(at, |x, y, z| lanes::fma(y, x, z)),
+        M::Vfmadd231ss => fused::<f32>(at, |x, y, z| lanes::fma(y, z, x)),
         M::Vcmpss => compare_scalars::<f32>(at),
         M::Vcmpsd => compare_scalars::<f64>(at),
         M::Vmovss if at.instruction.op_count() == 3 => scalar::<f32>(at, |_, b| b),
@@ -50,6 +53,13 @@ fn lane<T: Pod>(at: &At<'_>, operand: u32) -> Outcome<T> {
 fn scalar<T: Pod>(at: &mut At<'_>, f: impl Fn(T, T) -> T) -> Outcome<()> {
     let value = f(lane(at, 1)?, lane(at, 2)?);
     let rest = at.vector::<T>(1)?;
+    at.write_scalar(value, rest)
+}
+
+/// The same of operands 0, 1 and 2, over lane 0 of the first.
+fn fused<T: Pod>(at: &mut At<'_>, f: impl Fn(T, T, T) -> T) -> Outcome<()> {
+    let value = f(lane(at, 0)?, lane(at, 1)?, lane(at, 2)?);
+    let rest = at.vector::<T>(0)?;
     at.write_scalar(value, rest)
 }
 

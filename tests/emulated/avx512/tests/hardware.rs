@@ -183,12 +183,14 @@ macro_rules! scalars {
         $(#[test]
         fn $name() {
             let ours = long(|a| {
+                a.vmovaps(zmm16, zmm0).unwrap();
                 a.vmovaps(zmm17, zmm1).unwrap();
                 a.vmovaps(zmm18, zmm2).unwrap();
                 a.$op(xmm16, xmm17, xmm18).unwrap();
                 a.vmovaps(zmm0, zmm16).unwrap();
             });
             let twin = Program::new(|a| {
+                a.vmovups(ymm0, ymmword_ptr(rdi)).unwrap();
                 a.vmovups(ymm1, ymmword_ptr(rdi) + 64).unwrap();
                 a.vmovups(ymm2, ymmword_ptr(rdi) + 128).unwrap();
                 a.$op(xmm0, xmm1, xmm2).unwrap();
@@ -210,6 +212,9 @@ scalars! {
     product_of_double: vmulsd;
     larger_single: vmaxss;
     single_to_double: vcvtss2sd;
+    fused_single_132: vfmadd132ss;
+    fused_single_213: vfmadd213ss;
+    fused_single_231: vfmadd231ss;
     single_into_vector: vmovss_3;
     double_into_vector: vmovsd_3;
 }
