@@ -26,7 +26,8 @@ pub const FAILURE: f64 = 1e-18;
 const TOP: f32 = 127.0;
 /// Below this no reciprocal of a step is formed.
 const TINY: f32 = 1e-30;
-/// Adding it rounds a float of magnitude below 2^22 to an integer, ties to even.
+/// Adding it rounds a float of magnitude below 2^22 to an integer, ties to even, whose last bits are those of the sum:
+/// those of a conversion, which would have to mind numbers out of range.
 const MAGIC: f32 = 12_582_912.0;
 
 /// Norm that a vector of words is scaled to, at most. With half a step per element on top it stays below `2^15.5` up to width
@@ -86,10 +87,10 @@ fn bytes_body<const FUSED: bool>(v: &[f32], dither: Option<u32>, to: &mut [u8]) 
     let mut squares = [0.0_f32; 16];
     let mut round = |i: usize, l: usize, v: f32| {
         let shift = dither.map_or(0.0, |seed| noise(i as u32, seed) - 0.5);
-        let q = (v * inverse + shift + MAGIC) - MAGIC;
-        let e = v - q * step;
+        let sum = v * inverse + shift + MAGIC;
+        let e = v - (sum - MAGIC) * step;
         squares[l] += e * e;
-        (q as i32) as u8
+        sum.to_bits() as u8
     };
     for (i, (v, to)) in whole.iter().zip(to.as_chunks_mut::<16>().0).enumerate() {
         for l in 0..16 {
@@ -144,10 +145,10 @@ fn words_body<const FUSED: bool>(v: &[f32], norm: f64, to: &mut [i16]) -> Roundi
     let inverse = if step > 0.0 { inverse.next_down() } else { inverse };
     let mut squares = [0.0_f32; 16];
     let mut round = |l: usize, v: f32| {
-        let q = (v * inverse + MAGIC) - MAGIC;
-        let e = v - q * step;
+        let sum = v * inverse + MAGIC;
+        let e = v - (sum - MAGIC) * step;
         squares[l] += e * e;
-        q as i32 as i16
+        sum.to_bits() as i16
     };
     each(v, to, &mut round);
     let mut rounding = Rounding::certain(step, squares);
