@@ -11,7 +11,7 @@ export PYO3_PYTHON := $(abspath $(BIN)/python)
 export HF_HUB_OFFLINE := 1
 export MPLBACKEND := Agg
 
-.PHONY: help setup build wheel demo test test-rust test-python test-full lint bench bench-rust docs sanitize clean
+.PHONY: help setup build wheel demo test test-rust test-python test-full lint bench bench-rust docs sanitize emulated clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -56,9 +56,13 @@ test-full: wheel  ## the long fault tiers as well
 	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not gpu"
 
-sanitize: $(VENV)/.ready  ## the kernels and the store under AddressSanitizer
+sanitize:  ## the kernels and the store under AddressSanitizer
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --quiet --target $$(rustc -vV | sed -n 's/host: //p') \
 		--target-dir $(TARGET)/asan --lib --test kernels_encode --test metrics_similarity --test store_roundtrip
+
+emulated:  ## kernel tests on AVX-512 and aarch64 in software, see tests/emulated
+	tests/emulated/avx512.sh $(TARGET)/emulated
+	tests/emulated/neon.sh $(TARGET)/emulated
 
 lint: build  ## formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --all --check

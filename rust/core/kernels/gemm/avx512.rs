@@ -119,16 +119,19 @@ pub unsafe fn dots_of(group: Group<'_, f32>, x: &[f32], products: &mut [f64]) {
 fn dots<const N: usize>(w: &[f32], next: &[f32], x: [&[f32]; N], ahead: [&[f32]; N]) -> [f64; N] {
     let mut sums = [[_mm512_setzero_pd(); LANES / 8]; N];
     let (w_steps, w_rest) = w.as_chunks::<LANES>();
-    let x_steps = x.map(|x| &x.as_chunks::<LANES>().0[..w_steps.len()]);
-    let ahead = ahead.map(|a| &a.as_chunks::<LANES>().0[..w_steps.len()]);
-    let next = &next.as_chunks::<LANES>().0[..w_steps.len()];
+    let steps = w_steps.len();
+    let x_steps = x.map(|x| &x.as_chunks::<LANES>().0[..steps]);
     for (step, w) in w_steps.iter().enumerate() {
-        fetch(&next[step]);
+        fetch(next, step * LANES);
+        fetch(next, step * LANES + LANES / 2);
         let quarters = w.as_chunks::<8>().0;
         let w = [widen(&quarters[0]), widen(&quarters[1]), widen(&quarters[2]), widen(&quarters[3])];
         for i in 0..N {
-            let x = x_steps[i][step].as_chunks::<8>().0;
-            fetch(&ahead[i][step]);
+            // SAFETY: every row was cut to as many steps as `w` has. The compiler does not see it, and a check per row and
+            // step would cost as much as the arithmetic.
+            let x = unsafe { x_steps[i].get_unchecked(step) }.as_chunks::<8>().0;
+            fetch(ahead[i], step * LANES);
+            fetch(ahead[i], step * LANES + LANES / 2);
             for q in 0..LANES / 8 {
                 sums[i][q] = _mm512_fmadd_pd(widen(&x[q]), w[q], sums[i][q]);
             }
@@ -178,15 +181,15 @@ pub unsafe fn half_dots_of(group: Group<'_, u16>, x: &[u16], products: &mut [f32
 fn half_dots<const N: usize>(w: &[u16], next: &[u16], x: [&[u16]; N], ahead: [&[u16]; N]) -> [f32; N] {
     let mut sums = [_mm512_setzero_ps(); N];
     let w_steps = w.as_chunks::<PAIRS>().0;
-    let next = &next.as_chunks::<PAIRS>().0[..w_steps.len()];
-    let x = x.map(|x| &x.as_chunks::<PAIRS>().0[..w_steps.len()]);
-    let ahead = ahead.map(|a| &a.as_chunks::<PAIRS>().0[..w_steps.len()]);
+    let x_steps = x.map(|x| &x.as_chunks::<PAIRS>().0[..w_steps.len()]);
     for (step, w) in w_steps.iter().enumerate() {
-        fetch_line(&next[step]);
+        fetch(next, step * PAIRS);
         let w = load_pairs(w);
         for i in 0..N {
-            fetch_line(&ahead[i][step]);
-            sums[i] = _mm512_dpbf16_ps(sums[i], load_pairs(&x[i][step]), w);
+            // SAFETY: as in `dots`.
+            let x = unsafe { x_steps[i].get_unchecked(step) };
+            fetch(ahead[i], step * PAIRS);
+            sums[i] = _mm512_dpbf16_ps(sums[i], load_pairs(x), w);
         }
     }
     let mut totals = [0.0; N];
@@ -219,22 +222,14 @@ fn spill(from: __m512d) -> [f64; 8] {
     to
 }
 
-/// Asks for the two cache lines of a step ahead of their use.
+/// Asks for the cache line of element `i` ahead of its use.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn fetch(step: &[f32; LANES]) {
-    for line in step.as_chunks::<16>().0 {
-        fetch_line(line);
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn fetch_line<T>(line: &T) {
+fn fetch<T>(from: &[T], i: usize) {
     // SAFETY: a prefetch reads nothing and cannot fault. Newer compilers know that and ask for no block.
     #[allow(unused_unsafe, clippy::semicolon_if_nothing_returned)]
     unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast());
+        _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(i).cast());
     }
 }
 

@@ -40,6 +40,10 @@ impl Path {
 
     #[cfg(target_arch = "x86_64")]
     fn supported(self) -> bool {
+        #[cfg(feature = "emulated")]
+        if is_emulated(self) {
+            return true;
+        }
         let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
         let avx512 = avx2
             && is_x86_feature_detected!("avx512f")
@@ -60,6 +64,12 @@ impl Path {
     fn supported(self) -> bool {
         self == Self::Plain || (self == Self::Neon && cfg!(target_arch = "aarch64"))
     }
+}
+
+/// Whether `MICROTOME_EMULATED` names the path, in a list with commas: an emulator provides it (`tests/emulated`).
+#[cfg(feature = "emulated")]
+fn is_emulated(path: Path) -> bool {
+    std::env::var("MICROTOME_EMULATED").is_ok_and(|names| names.split(',').any(|name| name == path.name()))
 }
 
 /// A [`Path`] that this processor has: the proof that calling its code is safe.

@@ -26,7 +26,8 @@ pub const FAILURE: f64 = 1e-18;
 const TOP: f32 = 127.0;
 /// Below this no reciprocal of a step is formed.
 const TINY: f32 = 1e-30;
-/// Adding it rounds a float of magnitude below 2^22 to an integer, ties to even.
+/// Adding it rounds a float of magnitude below 2^22 to an integer, ties to even, whose last bits are those of the sum:
+/// those of a conversion, which would have to mind numbers out of range.
 const MAGIC: f32 = 12_582_912.0;
 
 /// Norm that a vector of words is scaled to, at most. With half a step per element on top it stays below `2^15.5` up to width
@@ -65,8 +66,9 @@ impl Rounding {
     }
 }
 
+/// Largest magnitude of an element.
 #[inline(always)]
-fn bytes_body<const FUSED: bool>(v: &[f32], dither: Option<u32>, to: &mut [u8]) -> Rounding {
+fn largest(v: &[f32]) -> f32 {
     let mut tops = [0.0_f32; 16];
     let (whole, rest) = v.as_chunks::<16>();
     for v in whole {
@@ -74,15 +76,21 @@ fn bytes_body<const FUSED: bool>(v: &[f32], dither: Option<u32>, to: &mut [u8]) 
             tops[l] = if v[l].abs() > tops[l] { v[l].abs() } else { tops[l] };
         }
     }
-    let top = tops.into_iter().chain(rest.iter().map(|v| v.abs())).fold(0.0, f32::max);
+    tops.into_iter().chain(rest.iter().map(|v| v.abs())).fold(0.0, f32::max)
+}
+
+#[inline(always)]
+fn bytes_body<const FUSED: bool>(v: &[f32], dither: Option<u32>, to: &mut [u8]) -> Rounding {
+    let top = largest(v);
+    let (whole, rest) = v.as_chunks::<16>();
     let (step, inverse) = if top < TINY { (0.0, 0.0) } else { (top / TOP, TOP / top) };
     let mut squares = [0.0_f32; 16];
     let mut round = |i: usize, l: usize, v: f32| {
         let shift = dither.map_or(0.0, |seed| noise(i as u32, seed) - 0.5);
-        let q = (v * inverse + shift + MAGIC) - MAGIC;
-        let e = v - q * step;
+        let sum = v * inverse + shift + MAGIC;
+        let e = v - (sum - MAGIC) * step;
         squares[l] += e * e;
-        (q as i32) as u8
+        sum.to_bits() as u8
     };
     for (i, (v, to)) in whole.iter().zip(to.as_chunks_mut::<16>().0).enumerate() {
         for l in 0..16 {
@@ -114,22 +122,35 @@ per_isa! {
     pub fn bytes(v: &[f32], dither: Option<u32>, to: &mut [u8]) -> Rounding = bytes_body;
 }
 
+/// Rounds every element, given its place among sixteen: whole sixteens are what compilers make vectors of.
+#[inline(always)]
+fn each<T>(v: &[f32], to: &mut [T], round: &mut impl FnMut(usize, f32) -> T) {
+    let ((whole, rest), (to_whole, to_rest)) = (v.as_chunks::<16>(), to.as_chunks_mut::<16>());
+    for (v, to) in whole.iter().zip(to_whole) {
+        for l in 0..16 {
+            to[l] = round(l, v[l]);
+        }
+    }
+    for (l, (v, to)) in rest.iter().zip(to_rest).enumerate() {
+        *to = round(l, *v);
+    }
+}
+
 #[inline(always)]
 fn words_body<const FUSED: bool>(v: &[f32], norm: f64, to: &mut [i16]) -> Rounding {
-    let top = f64::from(v.iter().fold(0.0_f32, |top, v| if v.abs() > top { v.abs() } else { top }));
+    let top = f64::from(largest(v));
     let grid = (norm / WORD_NORM).max(top / TOP_WORD);
     // The next float: a step that is too small by its rounding would let the largest element leave the range.
     let (step, inverse) = if grid < f64::from(TINY) { (0.0, 0.0) } else { (up(grid), (1.0 / grid) as f32) };
     let inverse = if step > 0.0 { inverse.next_down() } else { inverse };
     let mut squares = [0.0_f32; 16];
-    for (v, to) in v.chunks(16).zip(to.chunks_mut(16)) {
-        for (l, (v, to)) in v.iter().zip(to).enumerate() {
-            let q = (v * inverse + MAGIC) - MAGIC;
-            let e = v - q * step;
-            squares[l] += e * e;
-            *to = q as i32 as i16;
-        }
-    }
+    let mut round = |l: usize, v: f32| {
+        let sum = v * inverse + MAGIC;
+        let e = v - (sum - MAGIC) * step;
+        squares[l] += e * e;
+        sum.to_bits() as i16
+    };
+    each(v, to, &mut round);
     let mut rounding = Rounding::certain(step, squares);
     // `q · step` has up to 15 bits more than a byte's, and its rounding may hide that much of the residual.
     rounding.residual += norm * 2.0_f64.powi(-23);
@@ -147,17 +168,16 @@ per_isa! {
 #[inline(always)]
 fn brain_floats_body<const FUSED: bool>(v: &[f32], to: &mut [u16]) -> Rounding {
     let mut squares = [0.0_f32; 16];
-    for (v, to) in v.chunks(16).zip(to.chunks_mut(16)) {
-        for (l, (v, to)) in v.iter().zip(to).enumerate() {
-            let bits = v.to_bits();
-            let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-            // The dot product instruction takes subnormal numbers for zero.
-            let rounded = if rounded & 0x7f80 == 0 { 0 } else { rounded };
-            *to = rounded as u16;
-            let e = v - f32::from_bits(rounded << 16);
-            squares[l] += e * e;
-        }
-    }
+    let mut round = |l: usize, v: f32| {
+        let bits = v.to_bits();
+        let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        // The dot product instruction takes subnormal numbers for zero.
+        let rounded = if rounded & 0x7f80 == 0 { 0 } else { rounded };
+        let e = v - f32::from_bits(rounded << 16);
+        squares[l] += e * e;
+        rounded as u16
+    };
+    each(v, to, &mut round);
     Rounding::certain(1.0, squares)
 }
 
