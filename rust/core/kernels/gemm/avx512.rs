@@ -6,15 +6,16 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512d, __m512i, _CMP_NLT_UQ, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_ps,
-    _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps,
-    _mm512_cvtps_pd, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps,
-    _mm512_loadu_si512, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_pd, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_pd, _mm512_storeu_ps,
+    __m512, __m512bh, __m512d, __m512i, _CMP_NLT_UQ, _mm256_loadu_ps, _mm512_add_epi32, _mm512_castps_si512,
+    _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_cvtps_pd, _mm512_dpbf16_ps,
+    _mm512_dpbusd_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps,
+    _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_pd, _mm512_setzero_ps,
+    _mm512_setzero_si512, _mm512_storeu_pd, _mm512_storeu_ps,
 };
 
 use super::dot::{Group, LANES, add_rest, pairwise};
 use super::tile::{COLS, Columns, Lines, ROWS, Tile};
+use crate::kernels::prefetch::fetch;
 
 /// Lanes of a register.
 const HALF: usize = COLS / 2;
@@ -220,17 +221,6 @@ fn spill(from: __m512d) -> [f64; 8] {
     // SAFETY: `to` is 64 writable bytes; the store has no alignment of its own.
     unsafe { _mm512_storeu_pd(to.as_mut_ptr(), from) };
     to
-}
-
-/// Asks for the cache line of element `i` ahead of its use.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn fetch<T>(from: &[T], i: usize) {
-    // SAFETY: a prefetch reads nothing and cannot fault. Newer compilers know that and ask for no block.
-    #[allow(unused_unsafe, clippy::semicolon_if_nothing_returned)]
-    unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(i).cast());
-    }
 }
 
 fn half<T>(columns: &[T; COLS], start: usize) -> &[T; HALF] {
