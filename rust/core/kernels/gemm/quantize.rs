@@ -79,10 +79,23 @@ fn largest(v: &[f32]) -> f32 {
     tops.into_iter().chain(rest.iter().map(|v| v.abs())).fold(0.0, f32::max)
 }
 
+/// Rounds every element, given its number and its place among sixteen: whole sixteens are what compilers make vectors of.
+#[inline(always)]
+fn each<T>(v: &[f32], to: &mut [T], round: &mut impl FnMut(usize, usize, f32) -> T) {
+    let ((whole, rest), (to_whole, to_rest)) = (v.as_chunks::<16>(), to.as_chunks_mut::<16>());
+    for (i, (v, to)) in whole.iter().zip(to_whole).enumerate() {
+        for l in 0..16 {
+            to[l] = round(i * 16 + l, l, v[l]);
+        }
+    }
+    for (l, (v, to)) in rest.iter().zip(to_rest).enumerate() {
+        *to = round(whole.len() * 16 + l, l, *v);
+    }
+}
+
 #[inline(always)]
 fn bytes_body<const FUSED: bool>(v: &[f32], dither: Option<u32>, to: &mut [u8]) -> Rounding {
     let top = largest(v);
-    let (whole, rest) = v.as_chunks::<16>();
     let (step, inverse) = if top < TINY { (0.0, 0.0) } else { (top / TOP, TOP / top) };
     let mut squares = [0.0_f32; 16];
     let mut round = |i: usize, l: usize, v: f32| {
@@ -92,15 +105,7 @@ fn bytes_body<const FUSED: bool>(v: &[f32], dither: Option<u32>, to: &mut [u8]) 
         squares[l] += e * e;
         sum.to_bits() as u8
     };
-    for (i, (v, to)) in whole.iter().zip(to.as_chunks_mut::<16>().0).enumerate() {
-        for l in 0..16 {
-            to[l] = round(i * 16 + l, l, v[l]);
-        }
-    }
-    let done = whole.len() * 16;
-    for (i, (v, to)) in rest.iter().zip(&mut to[done..]).enumerate() {
-        *to = round(done + i, 0, *v);
-    }
+    each(v, to, &mut round);
     let certain = Rounding::certain(step, squares);
     match dither {
         Some(_) => Rounding { share: certain.residual.min(f64::from(step) * hoeffding()), ..certain },
@@ -122,20 +127,6 @@ per_isa! {
     pub fn bytes(v: &[f32], dither: Option<u32>, to: &mut [u8]) -> Rounding = bytes_body;
 }
 
-/// Rounds every element, given its place among sixteen: whole sixteens are what compilers make vectors of.
-#[inline(always)]
-fn each<T>(v: &[f32], to: &mut [T], round: &mut impl FnMut(usize, f32) -> T) {
-    let ((whole, rest), (to_whole, to_rest)) = (v.as_chunks::<16>(), to.as_chunks_mut::<16>());
-    for (v, to) in whole.iter().zip(to_whole) {
-        for l in 0..16 {
-            to[l] = round(l, v[l]);
-        }
-    }
-    for (l, (v, to)) in rest.iter().zip(to_rest).enumerate() {
-        *to = round(l, *v);
-    }
-}
-
 #[inline(always)]
 fn words_body<const FUSED: bool>(v: &[f32], norm: f64, to: &mut [i16]) -> Rounding {
     let top = f64::from(largest(v));
@@ -144,7 +135,7 @@ fn words_body<const FUSED: bool>(v: &[f32], norm: f64, to: &mut [i16]) -> Roundi
     let (step, inverse) = if grid < f64::from(TINY) { (0.0, 0.0) } else { (up(grid), (1.0 / grid) as f32) };
     let inverse = if step > 0.0 { inverse.next_down() } else { inverse };
     let mut squares = [0.0_f32; 16];
-    let mut round = |l: usize, v: f32| {
+    let mut round = |_: usize, l: usize, v: f32| {
         let sum = v * inverse + MAGIC;
         let e = v - (sum - MAGIC) * step;
         squares[l] += e * e;
@@ -168,7 +159,7 @@ per_isa! {
 #[inline(always)]
 fn brain_floats_body<const FUSED: bool>(v: &[f32], to: &mut [u16]) -> Rounding {
     let mut squares = [0.0_f32; 16];
-    let mut round = |l: usize, v: f32| {
+    let mut round = |_: usize, l: usize, v: f32| {
         let bits = v.to_bits();
         let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
         // The dot product instruction takes subnormal numbers for zero.
