@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import stores
 import timing
 
 import microtome as mt
-from microtome import _core
 
-HOOK = "blocks.0.hook_resid_post"
 D, D_SAE, K, TOP = 512, 16_384, 32, 20
 ROWS = max(4096, int(32_768 * timing.SCALE))
 RUN = 64
@@ -34,17 +32,7 @@ def write(path: Path) -> None:
     """A store of bf16 rows around a mean."""
     rng = np.random.default_rng(timing.SEED)
     x = rng.standard_normal((ROWS, D), dtype=np.float32) + np.float32(1)
-    number = np.arange(ROWS)
-    rows = {
-        "sample": (number // RUN).astype(np.uint64),
-        "position": (number % RUN).astype(np.uint32),
-        "token_id": np.zeros(ROWS, np.uint32),
-        "kind": (number % 3).astype(np.uint8),
-        "special": np.zeros(ROWS, np.uint8),
-    }
-    with _core.StoreWriter(str(path), hooks=[(HOOK, D, "tokens")], dtype="bfloat16", facts="{}") as out:
-        out.append("tokens", rows, {HOOK: ("bfloat16", (x.view(np.uint32) >> 16).astype(np.uint16))})
-        out.commit(b"")
+    stores.write(path, D, [(x.view(np.uint32) >> 16).astype(np.uint16)], RUN)
 
 
 def sides(path: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -52,7 +40,7 @@ def sides(path: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
     rng = np.random.default_rng(timing.SEED)
     W_dec = rng.standard_normal((D_SAE, D), dtype=np.float32) / np.float32(np.sqrt(D))
     encoder = mt.TopKEncoder(W_dec.T.copy(), None, k=K)
-    acts = mt.ActivationStore(path)[HOOK]
+    acts = mt.ActivationStore(path)[stores.HOOK]
 
     def one() -> tuple[int, float, int]:
         found = mt.metrics.analyse(acts, encoder, W_dec=W_dec, by="kind", top=TOP, progress=False)
@@ -75,14 +63,9 @@ def firings(stats: dict[Any, Any]) -> int:
 def growth(path: Path, side: int) -> float:
     """MiB that the process grows by at most during one call."""
     call = sides(path)[side]
-    before = peak()
+    before = timing.peak_mib()
     call()
-    return peak() - before
-
-
-def peak() -> float:
-    """Largest resident size so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return timing.peak_mib() - before
 
 
 def rows() -> list[dict[str, Any]]:

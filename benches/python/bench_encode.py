@@ -9,7 +9,6 @@ faiss is ``IndexFlatIP`` over the features. Everybody gets the same numbers, con
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +50,9 @@ def measure(d: int, d_sae: int, k: int, threads: int) -> list[dict[str, Any]]:
     W_enc = rng.standard_normal((d, d_sae), dtype=np.float32) / np.float32(np.sqrt(d))
     encoders = {c: mt.TopKEncoder(W_enc, None, k=k, certificate=c) for c in ("deterministic", "dithered")}
     ours = {name: (lambda e=encoder: e(x, progress=False)) for name, encoder in encoders.items()}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = timing.peak_mib()
     encoders["deterministic"](x, progress=False)
-    extra_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    extra_mib = timing.peak_mib() - before
     seconds = timing.alternate(ours | peers(x, W_enc, k, threads))
     lines = []
     for certificate, encoder in encoders.items():

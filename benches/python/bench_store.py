@@ -10,7 +10,6 @@ round, it is held to a read past the page cache in pieces of 8 MiB, by wall time
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import shutil
@@ -22,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import stores
 import timing
 
 import microtome as mt
 from microtome import _core
 
-HOOK = "blocks.0.hook_resid_post"
+HOOK = stores.HOOK
 D = 1024
 STEP_ROWS = 65_536
 STEPS = max(1, int(4 * timing.SCALE))
@@ -40,20 +40,7 @@ def write(path: Path) -> list[Path]:
     """A store of bf16 rows; its shards."""
     rng = np.random.default_rng(timing.SEED)
     x = rng.integers(0, 1 << 15, (STEP_ROWS, D), dtype=np.uint16) & 0x3FFF
-    number = np.arange(STEP_ROWS)
-    rows = {
-        "sample": (number // RUN).astype(np.uint64),
-        "position": (number % RUN).astype(np.uint32),
-        "token_id": np.zeros(STEP_ROWS, np.uint32),
-        "kind": np.zeros(STEP_ROWS, np.uint8),
-        "special": np.zeros(STEP_ROWS, np.uint8),
-    }
-    with _core.StoreWriter(
-        str(path), hooks=[(HOOK, D, "tokens")], dtype="bfloat16", facts=json.dumps({})
-    ) as out:
-        for _ in range(STEPS):
-            out.append("tokens", rows, {HOOK: ("bfloat16", x)})
-            out.commit(b"")
+    stores.write(path, D, (x for _ in range(STEPS)), RUN)
     return sorted(path.glob(f"*/{HOOK}.safetensors"))
 
 

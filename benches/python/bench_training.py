@@ -9,7 +9,6 @@ is their time over ours, so 1 is the best there is. ``wait`` is the share of the
 
 from __future__ import annotations
 
-import io
 import os
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
+import stores
 import torch
 
 import microtome as mt
@@ -38,24 +37,14 @@ BAR = 0.05
 
 def store_of(folder: Path, n: int, d: int) -> mt.Activations:
     """A store of ``n`` Gaussian rows in bfloat16, in samples of 128 tokens."""
-    rng, hook, step = np.random.default_rng(SEED), "blocks.0.hook_resid_post", 16_384
-    with _core.StoreWriter(str(folder), hooks=[(hook, d, "tokens")], dtype="bfloat16", facts="{}") as writer:
-        for first in range(0, n, step):
-            number = np.arange(first, min(n, first + step))
-            x = torch.from_numpy(rng.standard_normal((len(number), d), dtype=np.float32)).bfloat16()
-            table = {
-                "sample": (number // 128).astype(np.uint64),
-                "position": (number % 128).astype(np.uint32),
-                "token_id": np.zeros(len(number), np.uint32),
-                "kind": np.zeros(len(number), np.uint8),
-                "special": np.zeros(len(number), np.uint8),
-            }
-            writer.append("tokens", table, {hook: ("bfloat16", x.view(torch.uint16).numpy())})
-            ids = np.unique(table["sample"])
-            buffer = io.BytesIO()
-            pl.DataFrame({"sample": ids, "id": [str(i) for i in ids]}).write_parquet(buffer)
-            writer.commit(buffer.getvalue())
-    return mt.ActivationStore(folder)[hook]
+    rng = np.random.default_rng(SEED)
+
+    def block(rows: int) -> np.ndarray:
+        x = torch.from_numpy(rng.standard_normal((rows, d), dtype=np.float32)).bfloat16()
+        return x.view(torch.uint16).numpy()
+
+    stores.write(folder, d, (block(min(16_384, n - first)) for first in range(0, n, 16_384)), per_sample=128)
+    return mt.ActivationStore(folder)[stores.HOOK]
 
 
 def bare_seconds(acts: mt.Activations, config: TrainConfig) -> float:

@@ -10,6 +10,7 @@ for. Sizes, seed, threads and rounds come from ``MICROTOME_BENCH_SCALE``, ``_SEE
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -44,6 +45,11 @@ def refuse_debug() -> None:
     """End the process when the core was built for debugging: its times mean nothing."""
     if _core.BUILD_PROFILE != "release":
         raise SystemExit("benches: expected a release build, found a debug build. Run make bench")
+
+
+def peak_mib() -> float:
+    """Largest resident size of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def seconds(call: Callable[[], Any], inner: int = 1) -> Seconds:
@@ -156,9 +162,8 @@ def show(table: list[dict[str, Any]]) -> None:
     """Print lines for a reader at a terminal."""
     for row in table:
         bar = f"  bar {row['bar']:g}: {reached(row)}" if row["bar"] is not None else ""
-        print(
+        text = (
             f"{row['name']:24} {row['shape']:44} {row['peer']:28} {row['ratio']:10.2f} "
-            f"({row['min']:.2f} to {row['max']:.2f}; wall {row['wall']:.2f}, cpu {row['cpu']:.2f}){bar}  "
-            f"{row.get('remarks', '')}",
-            flush=True,
+            f"({row['min']:.2f} to {row['max']:.2f}; wall {row['wall']:.2f}, cpu {row['cpu']:.2f}){bar}"
         )
+        print(f"{text}  {row.get('remarks', '')}".rstrip(), flush=True)
