@@ -23,6 +23,7 @@ __all__ = [
     "core_vector",
     "extra",
     "is_tensor",
+    "memory",
     "source_rows",
     "to_tensor",
 ]
@@ -61,10 +62,15 @@ def core_matrix(x: Any, name: str) -> CoreInput:
         ShapeError: not two-dimensional.
     """
     words = array(x, name)
-    values = words[1] if isinstance(words, tuple) else words
-    if values.ndim != 2:
-        raise ShapeError(f"{name}: expected a matrix (n, d), found shape {values.shape}")
+    shape = memory(words).shape
+    if len(shape) != 2:
+        raise ShapeError(f"{name}: expected a matrix (n, d), found shape {shape}")
     return words
+
+
+def memory(words: Any) -> Any:
+    """The array of a :data:`CoreInput`, for its shape: numbers, or words of bf16. What is no such pair is itself."""
+    return words[1] if isinstance(words, tuple) else words
 
 
 def core_source(x: Any, name: str) -> Any:

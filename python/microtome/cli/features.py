@@ -44,14 +44,10 @@ def encode(
         for block in acts.take(slice(codes.n_rows, None)).blocks(block_rows):
             codes.append(dictionary.encode(block))
             done(codes.n_rows)
-    per_row = _per_row(opened.codes(target))
+    per_row = f"{dictionary.slots} per row"
+    if dictionary.slots is None:
+        per_row = f"{len(opened.codes(target).indices) / max(len(acts), 1):.1f} per row on average"
     say(f"{len(acts):,} rows in {dictionary.d_sae} features, {per_row}: {store}/codes/{target}")
-
-
-def _per_row(codes: StoredCodes | StoredRaggedCodes) -> str:
-    if hasattr(codes, "k"):
-        return f"{codes.k} per row"
-    return f"{len(codes.indices) / max(len(codes), 1):.1f} per row on average"
 
 
 @app.command()

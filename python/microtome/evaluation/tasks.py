@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from microtome.errors import ShapeError
 from microtome.tensors import extra
@@ -122,15 +123,21 @@ def split(
     Raises:
         ShapeError: a part would be empty.
     """
-    n = round(fraction * len(prompts))
-    if not 0 < n < len(prompts):
-        raise ShapeError(
-            f"split: fraction: expected two non-empty parts of {len(prompts)} prompts, found {fraction}"
-        )
-    chosen = set(np.random.default_rng(seed).permutation(len(prompts))[:n].tolist())
-    return [p for i, p in enumerate(prompts) if i in chosen], [
-        p for i, p in enumerate(prompts) if i not in chosen
-    ]
+    discovery, evaluation = split_numbers(len(prompts), fraction, seed, "prompts")
+    return [prompts[i] for i in discovery], [prompts[i] for i in evaluation]
+
+
+def split_numbers(n: int, fraction: float, seed: int, what: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The numbers below ``n`` in two parts, drawn without replacement, each rising.
+
+    Raises:
+        ShapeError: a part would be empty; ``what`` is split.
+    """
+    first = round(fraction * n)
+    if not 0 < first < n:
+        raise ShapeError(f"split: fraction: expected two non-empty parts of {n} {what}, found {fraction}")
+    order = np.random.default_rng(seed).permutation(n)
+    return np.sort(order[:first]), np.sort(order[first:])
 
 
 def save_pairs(pairs: Sequence[PromptPair], path: str | Path) -> None:

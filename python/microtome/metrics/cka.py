@@ -109,8 +109,7 @@ def named(layers: Iterable[Any], name: str) -> list[tuple[str, Any]]:
 
 def rows_of(layers: list[tuple[str, Any]]) -> int:
     """Rows of the first layer: the steps of a progress bar."""
-    words = layers[0][1]
-    return len(words[1] if isinstance(words, tuple) else words)
+    return len(tensors.memory(layers[0][1]))
 
 
 def _matrix(

@@ -230,7 +230,7 @@ def _dense(
 
 def _decode(codes: CSR, d_sae: int, W_dec: Any, b_dec: Any) -> Any:
     decoder = tensors.core_matrix(W_dec, "W_dec")
-    height, d_in = (decoder[1] if isinstance(decoder, tuple) else decoder).shape
+    height, d_in = tensors.memory(decoder).shape
     if height != d_sae:
         raise ShapeError(f"W_dec: expected ({d_sae}, d_in) as the codes, found {height} rows")
     bias = None if b_dec is None else tensors.core_vector(b_dec, "b_dec", d_in)

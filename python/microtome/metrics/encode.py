@@ -95,7 +95,7 @@ class TopKEncoder:
         certificate: Certificate = "deterministic",
     ) -> None:
         weights = tensors.core_matrix(W_enc, "W_enc")
-        d_in, d_sae = (weights[1] if isinstance(weights, tuple) else weights).shape
+        d_in, d_sae = tensors.memory(weights).shape
         self.activation: Activation = activation
         self.k = _checked_k(k, d_sae, activation)
         self.last_report: EncodeReport | None = None
@@ -141,8 +141,7 @@ class TopKEncoder:
             NonFiniteError: NaN or infinity in ``x``, with row and column.
         """
         source = tensors.core_source(x, "x")
-        n = len(source[1] if isinstance(source, tuple) else source)
-        with bar("encode", n, progress) as done:
+        with bar("encode", len(tensors.memory(source)), progress) as done:
             arrays, (rows, scored, escaped), phases = self._encoder.encode(source, done)
         isa, screen = self._encoder.path
         self.last_report = EncodeReport(

@@ -19,6 +19,7 @@ import torch
 
 from microtome.circuits.forward.decoder import Merged, merge
 from microtome.errors import ShapeError
+from microtome.evaluation.tasks import split_numbers
 
 __all__ = ["GROUPS", "PairBatch", "PairSet", "PreparedPair", "as_pair_set", "merge_pair"]
 
@@ -202,13 +203,8 @@ class PairSet:
         Raises:
             ShapeError: a part would be empty.
         """
-        n = round(fraction * len(self))
-        if not 0 < n < len(self):
-            raise ShapeError(
-                f"split: fraction: expected two non-empty parts of {len(self)} pairs, found {fraction}"
-            )
-        order = np.random.default_rng(seed).permutation(len(self))
-        return self[np.sort(order[:n])], self[np.sort(order[n:])]
+        discovery, evaluation = split_numbers(len(self), fraction, seed, "pairs")
+        return self[discovery], self[evaluation]
 
     def swapped(self) -> PairSet:
         """Clean and counterfactual exchanged, for pairs that align."""
