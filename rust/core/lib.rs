@@ -9,12 +9,14 @@
 //! * [`kernels`]: pure arithmetic on one block. No I/O, no threads, no names of files.
 //! * [`metrics`]: accumulators over blocks: `init`, `update`, `merge`, finish.
 //! * [`scan`]: runs a fold over a source of rows, in parallel, with the same bits for any thread count.
+//! * [`memory`]: zeros on large pages, for what is large.
 //! * [`store`]: writes and reads the files; normative text in `store/FORMAT.md`.
 
 pub mod codes;
 pub mod dtype;
 pub mod error;
 pub mod kernels;
+pub mod memory;
 pub mod metrics;
 pub mod rows;
 pub mod scan;

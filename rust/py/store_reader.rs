@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use half::f16;
+use microtome_core::memory::zeros;
 use microtome_core::metrics::words::WordSum;
 use microtome_core::scan::{fill_pieces, map_ordered, scan};
 use microtome_core::store::map::PrivateMap;
@@ -282,7 +283,7 @@ impl Selection {
     {
         let (rows, n) = (&*self.rows, stop - start);
         let width = self.width().map_or(1, |w| w as usize);
-        let mut out = vec![T::zeroed(); n * width];
+        let mut out = zeros::<T>(n * width);
         if size_of_val(out.as_slice()) <= COPY_BYTES {
             detached(py, "read", || rows.gather(start..stop, bytemuck::cast_slice_mut(&mut out)))?;
         } else {

@@ -6,7 +6,8 @@
 //! * [`pack_columns`]: depth runs over rows. Products of such panels are tiles of `X^T Y`, the *feature form*.
 //! * [`pack_rows`]: depth runs over columns. Products are tiles of `X X^T`, the *Gram form*.
 //!
-//! Both lay panels out in slabs of [`DEPTH`] steps: `[slab][panel][step][column]`. A slab is summed in `f32` registers and
+//! Both lay panels out in slabs of [`DEPTH`] steps, once for the left of a product and once for its right:
+//! `[slab][side][panel][step][column]`. A slab is summed in `f32` registers and
 //! then added to `f64`, so an entry of a tile is off by at most `DEPTH * 2^-24 * sum |x| |y| = 8e-6 * sum |x| |y|` and
 //! typically by a hundredth of that, whatever the number of rows.
 
@@ -15,23 +16,25 @@
 use std::ops::Range;
 
 use super::gemm::isa::{Isa, per_isa};
-use super::panel::{Kernel, PANEL};
+use super::panel::{Kernel, Side};
 use crate::rows::Rows;
 
-/// Steps summed in `f32` before they are added in `f64`: two panels of a slab fit into the first-level cache.
+/// Steps summed in `f32` before they are added in `f64`: a panel of every side fits into the first-level cache.
 pub const DEPTH: usize = 128;
-/// Numbers in one panel of a slab.
-pub const PANEL_LEN: usize = DEPTH * PANEL;
-/// Edge of a tile of the product, in panels.
-pub const TILE_PANELS: usize = 4;
-/// Edge of a tile of the product.
-pub const TILE: usize = TILE_PANELS * PANEL;
+/// Edge of a tile of the product: whole panels of either side on every path, and a tile in `f64` beside the panels that it
+/// comes from in the second-level cache.
+pub const TILE: usize = 96;
 /// Elements of a tile.
 pub const TILE_LEN: usize = TILE * TILE;
 
-/// Panels that hold `columns` columns.
-pub fn panels(columns: usize) -> usize {
-    columns.div_ceil(PANEL)
+/// Numbers that `columns` columns take on one side of a slab.
+pub fn side_len(kernel: Kernel, side: Side, columns: usize) -> usize {
+    columns.next_multiple_of(kernel.width(side)) * DEPTH
+}
+
+/// Numbers that `columns` columns take in a slab, left side first.
+pub fn slab_len(kernel: Kernel, columns: usize) -> usize {
+    side_len(kernel, Side::Left, columns) + side_len(kernel, Side::Right, columns)
 }
 
 /// Partial sums of norms and dot products: part of their definition.
@@ -138,41 +141,48 @@ impl Margins {
     }
 }
 
-/// Packs at most [`DEPTH`] rows as one slab whose depth runs over the rows: `out` is `[panel][row][column]`.
+/// Packs at most [`DEPTH`] rows as one slab whose depth runs over the rows; the column of a panel is a column of theirs.
 pub fn pack_columns(isa: Isa, rows: &Rows<'_>, frame: &Frame, out: &mut [f32]) -> Margins {
     let mut margins = Margins::of_width(rows.d());
     let mut row = vec![0.0_f32; rows.d()];
     for i in 0..rows.n() {
         margins.norms.push(frame.apply(isa, rows, i, &mut row, &mut margins.sums));
-        pack_step(&row, i, out);
+        pack_step(Kernel::of(isa), &row, i, out);
     }
     margins
 }
 
 /// Writes `values` as step `i` of the panels of one slab; columns beyond the last are zero.
-pub fn pack_step(values: &[f32], i: usize, out: &mut [f32]) {
-    for (panel, values) in out.chunks_exact_mut(PANEL_LEN).zip(values.chunks(PANEL)) {
-        let step = &mut panel[i * PANEL..(i + 1) * PANEL];
-        step[values.len()..].fill(0.0);
-        step[..values.len()].copy_from_slice(values);
+pub fn pack_step(kernel: Kernel, values: &[f32], i: usize, out: &mut [f32]) {
+    let (left, right) = out.split_at_mut(side_len(kernel, Side::Left, values.len()));
+    for (side, out) in [(Side::Left, left), (Side::Right, right)] {
+        let width = kernel.width(side);
+        for (panel, values) in out.chunks_exact_mut(width * DEPTH).zip(values.chunks(width)) {
+            let step = &mut panel[i * width..(i + 1) * width];
+            step[values.len()..].fill(0.0);
+            step[..values.len()].copy_from_slice(values);
+        }
     }
 }
 
-/// Packs at most [`TILE`] rows with the depth running over the columns: `out` is `[slab][panel][column][row]`.
-pub fn pack_rows(isa: Isa, rows: &Rows<'_>, frame: &Frame, out: &mut [f32]) -> Margins {
-    let d = rows.d();
+/// Packs at most [`TILE`] rows with the depth running over the columns; the column of a panel is a row of theirs. Every slab
+/// holds a whole tile. `block` is a workspace.
+pub fn pack_rows(isa: Isa, rows: &Rows<'_>, frame: &Frame, block: &mut Vec<f32>, out: &mut [f32]) -> Margins {
+    let (kernel, d) = (Kernel::of(isa), rows.d());
     let mut margins = Margins::of_width(d);
-    let mut block = vec![0.0_f32; PANEL * d];
-    for panel in 0..TILE_PANELS {
-        let first = (panel * PANEL).min(rows.n());
-        let count = (rows.n() - first).min(PANEL);
-        block.fill(0.0);
-        for (i, row) in block.chunks_exact_mut(d).take(count).enumerate() {
-            margins.norms.push(frame.apply(isa, rows, first + i, row, &mut margins.sums));
-        }
-        for (slab, out) in out.chunks_exact_mut(TILE_PANELS * PANEL_LEN).enumerate() {
-            let columns = slab * DEPTH..d.min((slab + 1) * DEPTH);
-            transpose(&block, d, columns, &mut out[panel * PANEL_LEN..(panel + 1) * PANEL_LEN]);
+    block.resize(TILE * d, 0.0);
+    block[rows.n() * d..].fill(0.0);
+    for (i, row) in block.chunks_exact_mut(d).take(rows.n()).enumerate() {
+        margins.norms.push(frame.apply(isa, rows, i, row, &mut margins.sums));
+    }
+    for (slab, out) in out.chunks_exact_mut(slab_len(kernel, TILE)).enumerate() {
+        let columns = slab * DEPTH..d.min((slab + 1) * DEPTH);
+        let (left, right) = out.split_at_mut(side_len(kernel, Side::Left, TILE));
+        for (side, out) in [(Side::Left, left), (Side::Right, right)] {
+            let width = kernel.width(side);
+            for (rows, panel) in block.chunks_exact(width * d).zip(out.chunks_exact_mut(width * DEPTH)) {
+                transpose(rows, d, columns.clone(), panel);
+            }
         }
     }
     margins
@@ -181,36 +191,40 @@ pub fn pack_rows(isa: Isa, rows: &Rows<'_>, frame: &Frame, out: &mut [f32]) -> M
 /// Numbers of a row in a cache line.
 const LINE: usize = 16;
 
-/// Writes `columns` of a block of 32 rows as the steps of a panel. It goes line by line: rows whose width is a power of two
-/// share their place in the cache, and column by column would load every line sixteen times.
+/// Writes `columns` of a block of rows as the steps of a panel as wide as there are rows. It goes line by line: rows whose
+/// width is a power of two share their place in the cache, and column by column would load every line sixteen times.
 fn transpose(block: &[f32], d: usize, columns: Range<usize>, panel: &mut [f32]) {
-    for (first, steps) in columns.clone().step_by(LINE).zip(panel.chunks_mut(LINE * PANEL)) {
+    let rows = block.len() / d;
+    for (first, steps) in columns.clone().step_by(LINE).zip(panel.chunks_mut(LINE * rows)) {
         let width = (columns.end - first).min(LINE);
         for (i, row) in block.chunks_exact(d).enumerate() {
-            for (step, x) in steps.chunks_exact_mut(PANEL).zip(&row[first..first + width]) {
+            for (step, x) in steps.chunks_exact_mut(rows).zip(&row[first..first + width]) {
                 step[i] = *x;
             }
         }
     }
 }
 
-/// Adds `A^T B` over one slab of `depth` steps to `tile` (rows [`TILE`] apart); `a` and `b` hold whole panels.
+/// Adds `A^T B` over one slab of `depth` steps to `tile` (rows [`TILE`] apart); `left` and `right` hold whole panels.
 ///
-/// With `upper`, where `a` and `b` are the same columns, panels below the diagonal are left out.
-pub fn add_slab(kernel: Kernel, a: &[f32], b: &[f32], depth: usize, upper: bool, tile: &mut [f64]) {
-    for (j, b) in b.chunks_exact(PANEL_LEN).enumerate() {
-        for (i, a) in a.chunks_exact(PANEL_LEN).enumerate() {
-            if !upper || i <= j {
-                kernel.add_product(a, b, depth, tile, i * PANEL * TILE + j * PANEL, TILE);
+/// With `upper`, where both are the same columns, what lies below the diagonal is left out where whole panels do, and has no
+/// meaning elsewhere.
+pub fn add_slab(kernel: Kernel, left: &[f32], right: &[f32], depth: usize, upper: bool, tile: &mut [f64]) {
+    let (rows, columns) = (kernel.width(Side::Left), kernel.width(Side::Right));
+    for (right, column) in right.chunks_exact(columns * DEPTH).zip((0..).step_by(columns)) {
+        for (left, row) in left.chunks_exact(rows * DEPTH).zip((0..).step_by(rows)) {
+            if upper && row >= column + columns {
+                break;
             }
+            kernel.add_product(left, right, depth, tile, row * TILE + column, TILE);
         }
     }
 }
 
-/// Copies the panels above the diagonal of a tile made with `upper` to their places below it.
+/// Copies what is above the diagonal of a tile made with `upper` below it.
 pub fn mirror(tile: &mut [f64]) {
     for i in 0..TILE {
-        for j in (i / PANEL + 1) * PANEL..TILE {
+        for j in i + 1..TILE {
             tile[j * TILE + i] = tile[i * TILE + j];
         }
     }
@@ -231,4 +245,18 @@ fn dot_body<const FUSED: bool>(a: &[f64], b: &[f64]) -> f64 {
 per_isa! {
     /// `sum a b`, in an order that does not depend on the path.
     pub fn dot(a: &[f64], b: &[f64]) -> f64 = dot_body;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tile_holds_whole_panels_on_every_path() {
+        for kernel in Isa::available().map(Kernel::of) {
+            for side in [Side::Left, Side::Right] {
+                assert_eq!(TILE % kernel.width(side), 0, "{kernel:?} {side:?}");
+            }
+        }
+    }
 }

@@ -6,6 +6,7 @@ pub mod top;
 
 use crate::error::{Error, Result};
 use crate::kernels::sets::{count, insert, nodes, overlap, words};
+use crate::memory::zeros;
 use crate::scan::{Context, fill_parts, grid, map_ordered};
 
 /// Words per block: half a megabyte of each set.
@@ -50,7 +51,7 @@ pub fn from_nodes(members: &[i64], n: usize) -> Result<Vec<u64>> {
 pub fn to_nodes(set: &[u64], context: &Context<'_>) -> Result<Vec<i64>> {
     let blocks: Vec<_> = grid(set.len(), BLOCK_WORDS).collect();
     let sizes = map_ordered(&blocks, context, |range| Ok(count(&set[range.clone()]) as usize))?;
-    let mut members = vec![0; sizes.iter().sum()];
+    let mut members = zeros(sizes.iter().sum());
     fill_parts(&mut members, &sizes, context, |i, part| {
         let range = blocks[i].clone();
         nodes(&set[range.clone()], 64 * range.start, part);

@@ -8,6 +8,7 @@ use super::{Context, Source, fill_blocks, map_blocks, map_ordered, spread};
 use crate::error::{Error, Result};
 use crate::kernels::gemm::select::Effort;
 use crate::kernels::gemm::{Certificate, Wanted};
+use crate::memory::zeros;
 use crate::metrics::encode::{
     Activation, Encoder, Packing, RaggedBlock, Weights, Workspace, batch_threshold, trim,
 };
@@ -88,7 +89,7 @@ struct Run<'a> {
 impl Run<'_> {
     fn slots(&self, k: usize) -> Result<Codes> {
         let n = self.source.n_rows();
-        let (mut indices, mut values) = (vec![0; n * k], vec![0.0; n * k]);
+        let (mut indices, mut values) = (zeros(n * k), zeros(n * k));
         let block = spread(n, SLOT_ROWS);
         fill_blocks(
             self.source,

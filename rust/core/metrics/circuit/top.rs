@@ -5,6 +5,7 @@ use super::to_nodes;
 use crate::error::{Error, Result};
 use crate::kernels::sets::{count, words};
 use crate::kernels::sieve::{Bracket, Doubtful, key, sift};
+use crate::memory::zeros;
 use crate::scan::{Context, map_pieces};
 
 /// Words per block, of 64 scores each: four megabytes of scores.
@@ -28,7 +29,7 @@ pub fn top_n(scores: &[f32], n: usize, context: &Context<'_>) -> Result<Vec<i64>
     if n == 0 {
         return Ok(Vec::new());
     }
-    let mut set = vec![0; words(scores.len())];
+    let mut set = zeros(words(scores.len()));
     // A bracket that misses the threshold is widened, and the pass repeated.
     let mut widths = std::iter::successors(Some(1.0), |width| Some(width * 8.0));
     while let Some(width) = widths.next()

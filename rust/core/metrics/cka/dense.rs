@@ -4,6 +4,7 @@ use super::gram::{Layout, gram_tile, pack};
 use super::{Estimator, Problem};
 use crate::error::{Error, Result};
 use crate::kernels::gram::{TILE, TILE_LEN, dot};
+use crate::memory::zeros;
 use crate::scan::{Context, map_ordered, reduce_ordered};
 
 /// A symmetric kernel matrix.
@@ -40,13 +41,13 @@ pub fn gram_matrices(what: &str, problem: &Problem<'_>, context: &Context<'_>) -
         });
     }
     let band = pack(problem, &layout, 0..tiles, context)?;
-    let mut kernels: Vec<Kernel> = (0..layers).map(|_| Kernel { n, values: vec![0.0; n * n] }).collect();
+    let mut kernels: Vec<Kernel> = (0..layers).map(|_| Kernel { n, values: zeros(n * n) }).collect();
     let corners: Vec<(usize, usize)> = (0..tiles).flat_map(|i| (i..tiles).map(move |j| (i, j))).collect();
-    let packed = |i: usize| &band.values[i * layout.tile_len()..(i + 1) * layout.tile_len()];
+    let rows = |i: usize| band.tile(problem, &layout, i);
     let work = |&(i, j): &(usize, usize)| {
         let mut out = vec![0.0; layers * TILE_LEN];
         for (l, tile) in out.chunks_exact_mut(TILE_LEN).enumerate() {
-            gram_tile(problem, &layout, l, (packed(i), packed(j)), i == j, tile);
+            gram_tile(problem, &layout, l, (rows(i), rows(j)), tile);
         }
         Ok(out)
     };

@@ -17,9 +17,10 @@ use std::sync::atomic::Ordering;
 use super::{Estimator, Problem, Sums, too_large};
 use crate::error::{Error, Result};
 use crate::kernels::gram::{
-    DEPTH, Margins, PANEL_LEN, TILE, TILE_LEN, TILE_PANELS, add_slab, pack_columns, pack_step, panels,
+    DEPTH, Margins, TILE, TILE_LEN, add_slab, pack_columns, pack_step, side_len, slab_len,
 };
-use crate::kernels::panel::{Aligned, Kernel, PANEL};
+use crate::kernels::panel::{Kernel, Side};
+use crate::memory::Aligned;
 use crate::scan::{Buffer, Context, fill_pieces, map_ordered, map_pieces, threads};
 
 /// Slabs packed at once, unless there are more threads: a block of them stays in the second-level cache while it meets the
@@ -31,8 +32,6 @@ const CHUNK_SLABS: usize = 8;
 struct Block {
     layer: usize,
     columns: Range<usize>,
-    /// Panels within a slab.
-    panels: Range<usize>,
 }
 
 /// The product of two blocks.
@@ -43,25 +42,24 @@ struct Tile {
 }
 
 struct Layout {
+    kernel: Kernel,
     blocks: Vec<Block>,
     tiles: Vec<Tile>,
-    /// First panel of every layer within a slab; the norms come last.
-    first_panel: Vec<usize>,
-    slab_len: usize,
+    /// Columns of every layer; the norms come last.
+    widths: Vec<usize>,
+    /// Where every layer begins within a slab, and where the slab ends.
+    first: Vec<usize>,
 }
 
 impl Layout {
     fn new(problem: &Problem<'_>) -> Self {
-        let norms = problem.layers.len();
-        let (mut blocks, mut first_panel, mut next) = (Vec::new(), Vec::new(), 0);
-        for (layer, d) in problem.widths().chain([norms]).enumerate() {
-            first_panel.push(next);
-            for start in (0..d).step_by(TILE) {
-                let columns = start..d.min(start + TILE);
-                let first = next + start / PANEL;
-                blocks.push(Block { layer, panels: first..first + panels(columns.len()), columns });
-            }
-            next += panels(d);
+        let (kernel, norms) = (Kernel::of(problem.isa), problem.layers.len());
+        let widths: Vec<usize> = problem.widths().chain([norms]).collect();
+        let (mut blocks, mut first) = (Vec::new(), vec![0]);
+        for (layer, &d) in widths.iter().enumerate() {
+            first.push(first[layer] + slab_len(kernel, d));
+            let starts = (0..d).step_by(TILE);
+            blocks.extend(starts.map(|start| Block { layer, columns: start..d.min(start + TILE) }));
         }
         let mut wanted = problem.pairs.clone();
         if problem.estimator == Estimator::Debiased {
@@ -75,12 +73,26 @@ impl Layout {
                 tiles.extend(blocks_of[m].iter().filter(|&&b| l != m || a <= b).map(|&b| Tile { a, b }));
             }
         }
-        Self { blocks, tiles, first_panel, slab_len: next * PANEL_LEN }
+        Self { kernel, blocks, tiles, widths, first }
     }
 
-    fn words(&self, block: usize) -> Range<usize> {
-        let panels = &self.blocks[block].panels;
-        panels.start * PANEL_LEN..panels.end * PANEL_LEN
+    /// Numbers in a slab of all layers.
+    fn slab_len(&self) -> usize {
+        self.first[self.widths.len()]
+    }
+
+    /// Where a layer lies within a slab.
+    fn layer(&self, layer: usize) -> Range<usize> {
+        self.first[layer]..self.first[layer + 1]
+    }
+
+    /// Where one side of a block lies within a slab.
+    fn side(&self, block: usize, side: Side) -> Range<usize> {
+        let Block { layer, columns } = &self.blocks[block];
+        let before =
+            if side == Side::Left { 0 } else { side_len(self.kernel, Side::Left, self.widths[*layer]) };
+        let start = self.first[*layer] + before + columns.start * DEPTH;
+        start..start + side_len(self.kernel, side, columns.len())
     }
 }
 
@@ -118,7 +130,7 @@ pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
 
 /// Slabs in a chunk and tiles in a round, from the memory budget.
 fn plan(layout: &Layout, problem: &Problem<'_>, context: &Context<'_>) -> Result<(usize, usize)> {
-    let (slab, tile) = (layout.slab_len * size_of::<f32>(), TILE_LEN * size_of::<f64>());
+    let (slab, tile) = (layout.slab_len() * size_of::<f32>(), TILE_LEN * size_of::<f64>());
     let slabs = problem.n.div_ceil(DEPTH).min(CHUNK_SLABS.max(threads()));
     let chunk = (context.memory_budget / 2 / slab).clamp(1, slabs);
     let tiles = context.memory_budget.saturating_sub(chunk * slab) / tile;
@@ -143,9 +155,8 @@ fn multiply(
     totals: &mut Totals,
     context: &Context<'_>,
 ) -> Result<Aligned<f64>> {
-    let kernel = Kernel::of(problem.isa);
-    let n = problem.n;
-    let mut used: Vec<bool> = vec![round == 0; layout.first_panel.len()];
+    let (n, slab_len) = (problem.n, layout.slab_len());
+    let mut used: Vec<bool> = vec![round == 0; layout.widths.len()];
     for tile in tiles {
         used[layout.blocks[tile.a].layer] = true;
         used[layout.blocks[tile.b].layer] = true;
@@ -154,11 +165,11 @@ fn multiply(
         used.fill(true);
     }
     let mut products = Aligned::zeros(tiles.len() * TILE_LEN);
-    let mut packed = Aligned::zeros(chunk * layout.slab_len);
+    let mut packed = Aligned::zeros(chunk * slab_len);
     for first in (0..n).step_by(chunk * DEPTH) {
         let rows = (n - first).min(chunk * DEPTH);
-        let packed = &mut packed[..rows.div_ceil(DEPTH) * layout.slab_len];
-        let margins = map_pieces(packed, layout.slab_len, context, |i, out| {
+        let packed = &mut packed[..rows.div_ceil(DEPTH) * slab_len];
+        let margins = map_pieces(packed, slab_len, context, |i, out| {
             let start = first + i * DEPTH;
             pack_slab(problem, layout, &used, start..n.min(start + DEPTH), out)
         })?;
@@ -169,9 +180,10 @@ fn multiply(
         }
         fill_pieces(&mut products, TILE_LEN, context, |t, product| {
             let Tile { a, b } = tiles[t];
-            for (i, slab) in packed.chunks_exact(layout.slab_len).enumerate() {
+            let (left, right) = (layout.side(a, Side::Left), layout.side(b, Side::Right));
+            for (i, slab) in packed.chunks_exact(slab_len).enumerate() {
                 let depth = (rows - i * DEPTH).min(DEPTH);
-                add_slab(kernel, &slab[layout.words(a)], &slab[layout.words(b)], depth, a == b, product);
+                add_slab(layout.kernel, &slab[left.clone()], &slab[right.clone()], depth, a == b, product);
             }
             Ok(())
         })?;
@@ -196,17 +208,16 @@ fn pack_slab(
             continue;
         }
         let rows = layer.source.read(range.clone(), &mut buffer)?;
-        let words = layout.first_panel[l] * PANEL_LEN..layout.first_panel[l + 1] * PANEL_LEN;
-        let margin = pack_columns(problem.isa, &rows, &problem.frames[l], &mut out[words]);
+        let margin = pack_columns(problem.isa, &rows, &problem.frames[l], &mut out[layout.layer(l)]);
         problem.check(l, &rows, range.start, &margin)?;
         margins.push(margin);
     }
     if used[problem.layers.len()] {
-        let words = layout.first_panel[problem.layers.len()] * PANEL_LEN..;
+        let out = &mut out[layout.layer(problem.layers.len())];
         let mut norms = vec![0.0; problem.layers.len()];
         for i in 0..range.len() {
             norms.iter_mut().zip(&margins).for_each(|(norm, m)| *norm = m.norms[i] as f32);
-            pack_step(&norms, i, &mut out[words.clone()]);
+            pack_step(layout.kernel, &norms, i, out);
         }
     }
     Ok(margins)
@@ -246,25 +257,18 @@ fn reduce(problem: &Problem<'_>, layout: &Layout, tile: Tile, product: &[f64], t
     let u = &totals.sums[b.layer][b.columns.clone()];
     let (mut inner, mut rows) = (0.0, 0.0);
     for (i, (s, row)) in s.iter().zip(product.chunks_exact(TILE)).enumerate() {
-        for panel in 0..TILE_PANELS.min(panels(u.len())) {
-            let weight = weight(tile, i / PANEL, panel);
-            let columns = panel * PANEL..u.len().min((panel + 1) * PANEL);
-            for (c, u) in row[columns.clone()].iter().zip(&u[columns]) {
-                inner += weight * c * c;
-                rows += weight * s * c * u;
-            }
+        // Of a block with itself only what is on and above the diagonal is made; the rest mirrors it.
+        let (first, rest) = if tile.a == tile.b { (i + 1, 2.0) } else { (0, 1.0) };
+        let mut add = |weight: f64, c: f64, u: f64| {
+            inner += weight * c * c;
+            rows += weight * s * c * u;
+        };
+        if first > 0 {
+            add(1.0, row[i], u[i]);
         }
+        row[first..u.len()].iter().zip(&u[first..]).for_each(|(c, u)| add(rest, *c, *u));
     }
     Part::Product { inner, rows }
-}
-
-/// How often a panel of a tile counts: of a layer with itself, only panels on and above the diagonal are made.
-fn weight(tile: Tile, i: usize, j: usize) -> f64 {
-    match (tile.a == tile.b, i.cmp(&j)) {
-        (true, std::cmp::Ordering::Less) => 2.0,
-        (true, std::cmp::Ordering::Greater) => 0.0,
-        _ => 1.0,
-    }
 }
 
 impl Part {

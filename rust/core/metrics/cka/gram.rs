@@ -10,9 +10,10 @@ use std::sync::atomic::Ordering;
 use super::{Estimator, Problem, Sums, too_large};
 use crate::error::{Error, Result};
 use crate::kernels::gram::{
-    DEPTH, Margins, PANEL_LEN, TILE, TILE_LEN, TILE_PANELS, add_slab, dot, mirror, pack_rows,
+    DEPTH, Margins, TILE, TILE_LEN, add_slab, dot, mirror, pack_rows, side_len, slab_len,
 };
-use crate::kernels::panel::{Aligned, Kernel};
+use crate::kernels::panel::{Kernel, Side};
+use crate::memory::Aligned;
 use crate::scan::{Buffer, Context, grid, map_ordered, map_pieces, reduce_ordered};
 
 /// Tiles that one task computes, one after the other, in the same memory.
@@ -20,21 +21,19 @@ const STRIP_TILES: usize = 4;
 /// Elements of the tiles of all layers that are multiplied while they are in cache.
 const SEGMENT: usize = 1024;
 
-/// Numbers in one slab of a row tile.
-const SLAB_LEN: usize = TILE_PANELS * PANEL_LEN;
-
 /// Where the layers lie within a packed row tile.
 pub(super) struct Layout {
+    kernel: Kernel,
     first: Vec<usize>,
 }
 
 impl Layout {
     pub(super) fn new(problem: &Problem<'_>) -> Self {
-        let mut first = vec![0];
+        let (kernel, mut first) = (Kernel::of(problem.isa), vec![0]);
         for d in problem.widths() {
-            first.push(first[first.len() - 1] + d.div_ceil(DEPTH) * SLAB_LEN);
+            first.push(first[first.len() - 1] + d.div_ceil(DEPTH) * slab_len(kernel, TILE));
         }
-        Self { first }
+        Self { kernel, first }
     }
 
     pub(super) fn tile_len(&self) -> usize {
@@ -62,8 +61,25 @@ pub fn fits(problem: &Problem<'_>, context: &Context<'_>) -> bool {
 /// A packed band of row tiles.
 pub(super) struct Band {
     tiles: Range<usize>,
-    pub(super) values: Aligned<f32>,
+    values: Aligned<f32>,
     pub(super) margins: Vec<Vec<Margins>>,
+}
+
+/// A row tile of a band, packed, all layers.
+#[derive(Clone, Copy)]
+pub(super) struct RowTile<'a> {
+    index: usize,
+    rows: usize,
+    values: &'a [f32],
+}
+
+impl Band {
+    /// Row tile `index` of all rows.
+    pub(super) fn tile(&self, problem: &Problem<'_>, layout: &Layout, index: usize) -> RowTile<'_> {
+        let start = (index - self.tiles.start) * layout.tile_len();
+        let rows = (problem.n - index * TILE).min(TILE);
+        RowTile { index, rows, values: &self.values[start..start + layout.tile_len()] }
+    }
 }
 
 /// The sums of HSIC by the Gram form.
@@ -109,11 +125,12 @@ pub(super) fn pack(
     let mut values = Aligned::zeros(tiles.len() * layout.tile_len());
     let margins = map_pieces(&mut values, layout.tile_len(), context, |i, out| {
         let first = (tiles.start + i) * TILE;
-        let mut buffer = Buffer::default();
+        let (mut buffer, mut block) = (Buffer::default(), Vec::new());
         let mut margins = Vec::with_capacity(problem.layers.len());
         for (l, layer) in problem.layers.iter().enumerate() {
             let rows = layer.source.read(first..problem.n.min(first + TILE), &mut buffer)?;
-            let margin = pack_rows(problem.isa, &rows, &problem.frames[l], &mut out[layout.layer(l)]);
+            let out = &mut out[layout.layer(l)];
+            let margin = pack_rows(problem.isa, &rows, &problem.frames[l], &mut block, out);
             problem.check(l, &rows, first, &margin)?;
             margins.push(margin);
         }
@@ -140,9 +157,8 @@ fn multiply(
         (from..columns.tiles.end.min(from + STRIP_TILES))
             .map(|j| {
                 context.check()?;
-                let a = &rows.values[(i - rows.tiles.start) * layout.tile_len()..][..layout.tile_len()];
-                let b = &columns.values[(j - columns.tiles.start) * layout.tile_len()..][..layout.tile_len()];
-                Ok(tile_products(problem, layout, (a, b), i == j, &mut tiles))
+                let tile = (rows.tile(problem, layout, i), columns.tile(problem, layout, j));
+                Ok(tile_products(problem, layout, tile, &mut tiles))
             })
             .collect::<Result<Vec<_>>>()
     };
@@ -155,20 +171,23 @@ fn multiply(
     })
 }
 
-/// The tile of the Gram matrix of layer `l` that packed row tiles `a` and `b` make; `diagonal` when they are the same.
+/// The tile of the Gram matrix of layer `l` that two row tiles make.
 pub(super) fn gram_tile(
     problem: &Problem<'_>,
     layout: &Layout,
     l: usize,
-    (a, b): (&[f32], &[f32]),
-    diagonal: bool,
+    (a, b): (RowTile<'_>, RowTile<'_>),
     tile: &mut [f64],
 ) {
     tile.fill(0.0);
-    let d = problem.layers[l].source.d();
-    let slabs = a[layout.layer(l)].chunks_exact(SLAB_LEN).zip(b[layout.layer(l)].chunks_exact(SLAB_LEN));
-    for (slab, (a, b)) in slabs.enumerate() {
-        add_slab(Kernel::of(problem.isa), a, b, (d - slab * DEPTH).min(DEPTH), diagonal, tile);
+    let (kernel, d, diagonal) = (layout.kernel, problem.layers[l].source.d(), a.index == b.index);
+    let whole = side_len(kernel, Side::Left, TILE);
+    let left = ..side_len(kernel, Side::Left, a.rows);
+    let right = whole..whole + side_len(kernel, Side::Right, b.rows);
+    let [a, b] = [a, b].map(|rows| rows.values[layout.layer(l)].chunks_exact(slab_len(kernel, TILE)));
+    for (slab, (a, b)) in a.zip(b).enumerate() {
+        let depth = (d - slab * DEPTH).min(DEPTH);
+        add_slab(kernel, &a[left], &b[right.clone()], depth, diagonal, tile);
     }
     if diagonal {
         mirror(tile);
@@ -179,12 +198,12 @@ pub(super) fn gram_tile(
 fn tile_products(
     problem: &Problem<'_>,
     layout: &Layout,
-    (a, b): (&[f32], &[f32]),
-    diagonal: bool,
+    (a, b): (RowTile<'_>, RowTile<'_>),
     tiles: &mut [f64],
 ) -> Vec<f64> {
+    let diagonal = a.index == b.index;
     for (l, tile) in tiles.chunks_exact_mut(TILE_LEN).enumerate() {
-        gram_tile(problem, layout, l, (a, b), diagonal, tile);
+        gram_tile(problem, layout, l, (a, b), tile);
         if diagonal {
             (0..TILE).for_each(|i| tile[i * TILE + i] = 0.0);
         }
