@@ -14,7 +14,7 @@ pub fn key(score: f32) -> u32 {
 }
 
 /// The score of a key.
-fn score_of(key: u32) -> f32 {
+pub fn score_of(key: u32) -> f32 {
     f32::from_bits(if key >> 31 == 1 { key & !(1 << 31) } else { !key })
 }
 

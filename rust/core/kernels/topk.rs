@@ -20,15 +20,6 @@ impl Scored {
     }
 }
 
-/// A feature with an upper bound of its score.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Candidate {
-    /// The bound.
-    pub upper: f32,
-    /// Index of the feature.
-    pub feature: u32,
-}
-
 /// Shrinks `found` to its `k` best; the k-th best comes last.
 pub fn keep_best(found: &mut Vec<Scored>, k: usize) {
     if found.len() > k {
@@ -36,13 +27,6 @@ pub fn keep_best(found: &mut Vec<Scored>, k: usize) {
         found.truncate(k);
     } else if found.len() == k {
         found.select_nth_unstable_by(k - 1, Scored::order);
-    }
-}
-
-/// Puts the `k` candidates of highest bound first.
-pub fn promising_first(candidates: &mut [Candidate], k: usize) {
-    if k < candidates.len() {
-        candidates.select_nth_unstable_by(k, |a, b| b.upper.total_cmp(&a.upper));
     }
 }
 

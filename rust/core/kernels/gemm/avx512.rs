@@ -32,7 +32,8 @@ macro_rules! micro_kernel {
         pub unsafe fn $name(strip: &[u32], panel: &[u32], lines: &Lines, columns: &Columns, tile: &mut Tile) {
             let (a_steps, _) = strip.as_chunks::<ROWS>();
             let (b_steps, _) = panel.as_chunks::<COLS>();
-            debug_assert_eq!(a_steps.len(), b_steps.len());
+            // Without a step the sums would have to be cleared in memory beforehand, for every tile.
+            assert!(!a_steps.is_empty() && a_steps.len() == b_steps.len(), "one or more steps of both sides");
             let mut sums = [[_mm512_setzero_si512(); 2]; ROWS];
             for (a, b) in a_steps.iter().zip(b_steps) {
                 let halves = b.as_chunks::<HALF>().0;

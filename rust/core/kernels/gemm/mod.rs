@@ -48,6 +48,7 @@ pub mod rotate;
 pub mod select;
 pub mod strips;
 pub mod tile;
+mod waiting;
 
 pub use features::{Panel, Terms};
 pub use isa::Isa;

@@ -8,7 +8,8 @@ use super::pairs::Pairs;
 use super::select::{Dictionary, Effort, Wanted, Watch, finish};
 use super::strips::{Halves, Strips};
 use super::tile::{COLS, ROWS, Tile};
-use crate::kernels::topk::{Candidate, Scored, keep_best, promising_first};
+use super::waiting::{Waiting, reaches};
+use crate::kernels::topk::{Scored, keep_best};
 
 /// Bytes of panels that stay in the second-level cache while the strips pass.
 const GROUP_BYTES: usize = 256 << 10;
@@ -27,13 +28,12 @@ const SCORES_PER_MEMBER: usize = 4;
 #[derive(Debug, Default)]
 pub(super) struct Bench {
     strips: Strips,
-    /// `room` entries per row.
-    candidates: Vec<Candidate>,
-    counts: Vec<usize>,
+    /// Candidates of each row, at most `room`.
+    candidates: Vec<Waiting>,
     escaped: Vec<bool>,
     halves: Halves,
     /// Candidates of each row with their second bounds.
-    refined: Vec<Vec<Candidate>>,
+    refined: Vec<Waiting>,
     pairs: Pairs,
 }
 
@@ -66,16 +66,15 @@ impl Dictionary {
         let n = x.len() / self.plan.d();
         let wished = if let Wanted::Best { k, .. } = wanted { k * SPACE_PER_MEMBER } else { 0 };
         let room = wished.max(SMALLEST_SPACE).min(self.n_features) + COLS;
-        bench.counts.clear();
-        bench.counts.resize(n, 0);
         bench.escaped.clear();
         bench.escaped.resize(n, false);
-        bench.candidates.resize(bench.candidates.len().max(n * room), Candidate::default());
+        for lists in [&mut bench.candidates, &mut bench.refined] {
+            lists.resize_with(n.max(lists.len()), Waiting::default);
+            lists.iter_mut().for_each(Waiting::clear);
+        }
         for i in self.plan.strips(x, self.largest_norm, floats, &mut bench.strips) {
             bench.escaped[i] = true;
         }
-        bench.refined.resize_with(n.max(bench.refined.len()), Vec::new);
-        bench.refined.iter_mut().for_each(Vec::clear);
         let refines = self.plan.refines().filter(|_| !floats && matches!(wanted, Wanted::Best { .. }));
         if let Some(isa) = refines {
             self.plan.halve(isa, x, &mut bench.halves);
@@ -101,8 +100,7 @@ impl Pass<'_> {
                 let last = i + 1 == ranges.len();
                 for row in 0..self.found.len() {
                     if last || !self.raise_bar_by_bounds(row, k) {
-                        self.put_promising_first(row, k);
-                        self.list(row, k.min(self.bench.counts[row]));
+                        self.list(row, self.bench.candidates[row].threshold(self.isa(), k));
                     }
                 }
                 self.bound_or_score_listed(k);
@@ -110,12 +108,13 @@ impl Pass<'_> {
             }
         }
         for r in 0..self.found.len() {
-            self.list(r, self.bench.counts[r]);
+            self.list(r, f32::NEG_INFINITY);
         }
         if let Wanted::Best { k, .. } = self.wanted {
             self.bound_or_score_listed(k);
-            for (row, refined) in self.bench.refined.iter_mut().enumerate() {
-                self.bench.pairs.listed.extend(refined.drain(..).map(|c| (c.feature, row as u32)));
+            let bench = &mut *self.bench;
+            for (refined, row) in bench.refined.iter_mut().zip(0..) {
+                refined.take_reaching(f32::NEG_INFINITY, |feature| bench.pairs.listed.push((feature, row)));
             }
         }
         self.score_listed();
@@ -156,20 +155,13 @@ impl Pass<'_> {
     fn harvest(&mut self, s: usize, p: usize, tile: &Tile) {
         let valid = u32::MAX >> (COLS - self.dictionary.panels[p].rows.len() / self.dictionary.plan.d());
         for (r, (upper, hits)) in tile.upper.iter().zip(tile.hits).enumerate() {
-            let (row, mut hits) = (s * ROWS + r, hits & valid);
+            let (row, hits) = (s * ROWS + r, hits & valid);
             if hits == 0 || row >= self.found.len() || self.bench.escaped[row] {
                 continue;
             }
-            let (start, mut count) = (row * self.room, self.bench.counts[row]);
-            while hits != 0 {
-                let c = hits.trailing_zeros() as usize;
-                hits &= hits - 1;
-                let feature = (p * COLS + c) as u32;
-                self.bench.candidates[start + count] = Candidate { upper: upper[c], feature };
-                count += 1;
-            }
-            self.bench.counts[row] = count;
-            if count + COLS > self.room && p + 1 < self.dictionary.panels.len() {
+            let candidates = &mut self.bench.candidates[row];
+            candidates.push_hits(upper, hits, (p * COLS) as u32);
+            if candidates.len() + COLS > self.room && p + 1 < self.dictionary.panels.len() {
                 self.relieve(row);
             }
         }
@@ -178,22 +170,16 @@ impl Pass<'_> {
     /// Makes room in a full row: scores candidates at once, or gives the row up.
     fn relieve(&mut self, row: usize) {
         let Wanted::Best { k, .. } = self.wanted else {
-            return self.score_now(row, self.bench.counts[row]);
+            return self.score_now(row, f32::NEG_INFINITY);
         };
-        self.put_promising_first(row, k);
-        self.score_now(row, k.min(self.bench.counts[row]));
+        self.score_now(row, self.bench.candidates[row].threshold(self.isa(), k));
         self.raise_bar(row, k);
-        if self.bench.counts[row] > self.room - self.room / 4 {
+        if self.bench.candidates[row].len() > self.room - self.room / 4 {
             self.bench.escaped[row] = true;
             self.bench.refined[row].clear();
-            self.bench.counts[row] = 0;
+            self.bench.candidates[row].clear();
             self.set_bar(row, f32::INFINITY);
         }
-    }
-
-    fn put_promising_first(&mut self, row: usize, k: usize) {
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        promising_first(candidates, k);
     }
 
     /// Bounds the listed pairs a second time where the plan does so, else scores them; then raises the thresholds.
@@ -225,7 +211,7 @@ impl Pass<'_> {
                 let (panel, row) = (&dictionary.panels[feature / COLS], row as usize);
                 let upper = panel.refined(feature % COLS, &bench.halves, row, sum);
                 if reaches(upper, bench.strips.lines[row / ROWS].threshold[row % ROWS]) {
-                    bench.refined[row].push(Candidate { upper, feature: feature as u32 });
+                    bench.refined[row].push(upper, feature as u32);
                 }
             }
             start = end;
@@ -239,53 +225,45 @@ impl Pass<'_> {
         if refined.len() < k || self.bench.escaped[row] {
             return;
         }
-        promising_first(refined, k - 1);
         let gap = self.bench.halves.gap(self.dictionary.largest_half_slack, row);
-        let bar = self.dictionary.bar(f64::from(refined[k - 1].upper) - gap);
-        refined.retain(|c| reaches(c.upper, bar));
+        let bar = self.dictionary.bar(f64::from(refined.threshold(self.dictionary.plan.isa(), k)) - gap);
+        refined.drop_below(bar);
         self.drop_below(row, bar);
     }
 
     /// Raises the threshold of a row to its k-th largest lower bound, if few candidates remain above that.
     fn raise_bar_by_bounds(&mut self, row: usize, k: usize) -> bool {
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
+        let candidates = &self.bench.candidates[row];
         if candidates.len() < k || !self.found[row].is_empty() || !self.bench.refined[row].is_empty() {
             return false;
         }
-        promising_first(candidates, k - 1);
         let line = &self.bench.strips.lines[row / ROWS];
         let gap =
             self.dictionary.largest_slack.gap(line.slack[row % ROWS], line.norm[row % ROWS], self.floats);
-        let bar = self.dictionary.bar(f64::from(candidates[k - 1].upper) - gap);
-        let reaching = candidates.iter().filter(|c| reaches(c.upper, bar)).count();
-        if reaching > WAITING_PER_MEMBER * k {
+        let bar = self.dictionary.bar(f64::from(candidates.threshold(self.isa(), k)) - gap);
+        if candidates.reaching(self.isa(), bar) > WAITING_PER_MEMBER * k {
             return false;
         }
         self.drop_below(row, bar);
         true
     }
 
-    /// Moves the first `m` candidates of a row to the pairs to be scored.
-    fn list(&mut self, row: usize, m: usize) {
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        self.bench.pairs.listed.extend(candidates[..m].iter().map(|c| (c.feature, row as u32)));
-        candidates.copy_within(m.., 0);
-        self.bench.counts[row] -= m;
+    /// Moves the candidates of a row that reach `bar` to the pairs to be scored.
+    fn list(&mut self, row: usize, bar: f32) {
+        let Bench { candidates, pairs, .. } = &mut *self.bench;
+        candidates[row].take_reaching(bar, |feature| pairs.listed.push((feature, row as u32)));
     }
 
-    /// Scores the first `m` candidates of one row, and removes them.
-    fn score_now(&mut self, row: usize, m: usize) {
-        let d = self.dictionary.plan.d();
+    /// Scores the candidates of one row that reach `bar`, and removes them.
+    fn score_now(&mut self, row: usize, bar: f32) {
+        let (dictionary, wanted, found) = (self.dictionary, self.wanted, &mut self.found[row]);
+        let d = dictionary.plan.d();
         let x = &self.x[row * d..(row + 1) * d];
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        for candidate in &candidates[..m] {
-            let j = candidate.feature as usize;
-            let product = dot(self.dictionary.plan.isa(), x, self.dictionary.feature(j));
-            self.found[row].extend(self.dictionary.admit(j, product, self.wanted));
-        }
-        candidates.copy_within(m.., 0);
-        self.bench.counts[row] -= m;
-        self.effort.scored += m as u64;
+        self.bench.candidates[row].take_reaching(bar, |feature| {
+            let product = dot(dictionary.plan.isa(), x, dictionary.feature(feature as usize));
+            found.extend(dictionary.admit(feature as usize, product, wanted));
+            self.effort.scored += 1;
+        });
     }
 
     /// Scores the listed pairs, feature by feature.
@@ -332,23 +310,16 @@ impl Pass<'_> {
 
     /// Sets the threshold of a row, unless it is higher already, and drops the candidates below it.
     fn drop_below(&mut self, row: usize, bar: f32) {
-        let candidates = &mut self.bench.candidates[row * self.room..][..self.bench.counts[row]];
-        let mut kept = 0;
-        for i in 0..candidates.len() {
-            candidates[kept] = candidates[i];
-            kept += usize::from(reaches(candidates[i].upper, bar));
-        }
-        self.bench.counts[row] = kept;
+        self.bench.candidates[row].drop_below(bar);
         let current = self.bench.strips.lines[row / ROWS].threshold[row % ROWS];
         self.set_bar(row, bar.max(current));
+    }
+
+    fn isa(&self) -> Isa {
+        self.dictionary.plan.isa()
     }
 
     fn set_bar(&mut self, row: usize, bar: f32) {
         self.bench.strips.lines[row / ROWS].threshold[row % ROWS] = bar;
     }
-}
-
-/// Whether a candidate stays; a bound that is not a number bounds nothing, so it does.
-fn reaches(upper: f32, bar: f32) -> bool {
-    upper >= bar || upper.is_nan()
 }

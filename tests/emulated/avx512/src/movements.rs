@@ -35,6 +35,7 @@ pub(crate) fn movements(at: &mut At<'_>) -> Outcome<()> {
         M::Vextractf64x4 | M::Vextracti64x4 => extract(at, 32),
         M::Vinsertf32x4 | M::Vinserti32x4 => insert(at, 16),
         M::Vinsertf64x4 | M::Vinserti64x4 => insert(at, 32),
+        M::Vpmovm2d => spread::<u32>(at),
         M::Vpmovdb => narrow::<u8>(at, |v| v as u8),
         M::Vpmovdw => narrow::<u16>(at, |v| v as u16),
         _ => Err(Refusal::Unknown),
@@ -52,6 +53,18 @@ fn gather<T: Pod>(
     for l in 0..lanes {
         let (source, lane) = from(l, lanes);
         result.lanes_mut::<T>()[l] = vectors[source].lanes::<T>()[lane];
+    }
+    at.write_vector::<T>(result)
+}
+
+/// All ones in the lanes whose mask bit is set, zeros in the others.
+fn spread<T: Pod>(at: &mut At<'_>) -> Outcome<()> {
+    let mask = at.bits(1, 8)?;
+    let mut result = Vector::default();
+    for (l, lane) in result.lanes_mut::<T>().iter_mut().enumerate() {
+        if mask >> l & 1 == 1 {
+            bytemuck::bytes_of_mut(lane).fill(0xff);
+        }
     }
     at.write_vector::<T>(result)
 }

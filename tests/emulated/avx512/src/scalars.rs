@@ -23,6 +23,7 @@ pub(crate) fn scalars(at: &mut At<'_>) -> Outcome<()> {
         M::Vmulss => scalar::<f32>(at, lanes::mul),
         M::Vmaxsd => scalar::<f64>(at, lanes::max),
         M::Vmaxss => scalar::<f32>(at, lanes::max),
+        M::Vminss => scalar::<f32>(at, lanes::min),
         M::Vfmadd132ss => fused::<f32>(at, |x, y, z| lanes::fma(x, z, y)),
         M::Vfmadd213ss => fused::<f32>(at, |x, y, z| lanes::fma(y, x, z)),
         M::Vfmadd231ss => fused::<f32>(at, |x, y, z| lanes::fma(y, z, x)),

@@ -279,6 +279,17 @@ fn lanes_narrow_by_truncation() {
 }
 
 #[test]
+fn masks_spread_over_lanes() {
+    each(
+        |a| a.vpmovm2d(zmm0, k1).unwrap(),
+        |before, found| {
+            let lane = |l: usize| if before.k[1] >> l & 1 == 1 { u32::MAX } else { 0 };
+            assert!((0..16).all(|l| found.lanes::<u32>()[l] == lane(l)));
+        },
+    );
+}
+
+#[test]
 fn bits_are_counted() {
     each(
         |a| a.vpopcntq(zmm0, zmm1).unwrap(),

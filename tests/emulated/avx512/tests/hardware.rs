@@ -211,6 +211,7 @@ scalars! {
     difference_of_single: vsubss;
     product_of_double: vmulsd;
     larger_single: vmaxss;
+    lesser_single: vminss;
     single_to_double: vcvtss2sd;
     fused_single_132: vfmadd132ss;
     fused_single_213: vfmadd213ss;

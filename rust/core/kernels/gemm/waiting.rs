@@ -1,0 +1,224 @@
+//! The candidates of one row: features whose bound reaches the row's threshold, until they are scored or dropped.
+//!
+//! Bounds and features lie in arrays of their own, so that the search for a threshold reads bounds alone, a register at a
+//! time. It need not find the `k`-th bound to the last bit: a bisection that ends once a few more than `k` reach the
+//! threshold takes a third of the time of a selection.
+
+#![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
+
+use super::isa::{Isa, per_isa};
+use super::tile::COLS;
+use crate::kernels::sieve::{key, score_of};
+
+/// Of how many candidates wanted one more may reach the threshold.
+const SPARE: usize = 8;
+
+/// Candidates of a row, in the order in which they came: the first `len` of either array.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Waiting {
+    len: usize,
+    upper: Vec<f32>,
+    feature: Vec<u32>,
+}
+
+impl Waiting {
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    /// Adds the features of a panel, which begins with feature `first`, whose bit in `hits` is set.
+    #[inline]
+    pub(super) fn push_hits(&mut self, upper: &[f32; COLS], mut hits: u32, first: u32) {
+        self.make_room();
+        let places = self.upper[self.len..].iter_mut().zip(&mut self.feature[self.len..]);
+        self.len += hits.count_ones() as usize;
+        for (bound, feature) in places {
+            if hits == 0 {
+                break;
+            }
+            let c = hits.trailing_zeros();
+            hits &= hits - 1;
+            (*bound, *feature) = (upper[c as usize], first + c);
+        }
+    }
+
+    pub(super) fn push(&mut self, upper: f32, feature: u32) {
+        self.make_room();
+        (self.upper[self.len], self.feature[self.len]) = (upper, feature);
+        self.len += 1;
+    }
+
+    /// Room for the hits of a panel.
+    fn make_room(&mut self) {
+        if self.len + COLS > self.upper.len() {
+            let room = 2 * self.upper.len() + COLS;
+            self.upper.resize(room, 0.0);
+            self.feature.resize(room, 0);
+        }
+    }
+
+    fn bounds(&self) -> &[f32] {
+        &self.upper[..self.len]
+    }
+
+    /// How many candidates reach `bar`; what is not a number bounds nothing, and is not counted.
+    pub(super) fn reaching(&self, isa: Isa, bar: f32) -> usize {
+        count(isa, self.bounds(), bar) as usize
+    }
+
+    /// A candidate's bound that at least `k` of them reach, and not many more unless they are equal; minus infinity when
+    /// there are fewer.
+    pub(super) fn threshold(&self, isa: Isa, k: usize) -> f32 {
+        let (lowest, highest) = range(isa, self.bounds());
+        let mut reaching = self.reaching(isa, lowest);
+        if reaching < k {
+            return f32::NEG_INFINITY;
+        }
+        // At least `k` candidates reach `low`; fewer reach `high`.
+        let (mut low, mut high) = (key(lowest), key(highest) + 1);
+        while reaching > k + k / SPARE && high - low > 1 {
+            let middle = low + (high - low) / 2;
+            let above = self.reaching(isa, score_of(middle));
+            if above < k {
+                high = middle;
+            } else {
+                (low, reaching) = (middle, above);
+            }
+        }
+        least_of(isa, self.bounds(), score_of(low))
+    }
+
+    /// Drops the candidates below `bar`.
+    pub(super) fn drop_below(&mut self, bar: f32) {
+        self.retain(|upper, _| reaches(upper, bar));
+    }
+
+    /// Removes the candidates that reach `bar`, and hands their features to `take`.
+    pub(super) fn take_reaching(&mut self, bar: f32, mut take: impl FnMut(u32)) {
+        self.retain(|upper, feature| {
+            let taken = reaches(upper, bar);
+            if taken {
+                take(feature);
+            }
+            !taken
+        });
+    }
+
+    /// Every candidate is written, and the next one over those that do not stay: no branch that could be mispredicted.
+    fn retain(&mut self, mut stays: impl FnMut(f32, u32) -> bool) {
+        let (upper, feature) = (&mut self.upper[..self.len], &mut self.feature[..self.len]);
+        let mut kept = 0;
+        for i in 0..upper.len() {
+            let (bound, j) = (upper[i], feature[i]);
+            (upper[kept], feature[kept]) = (bound, j);
+            kept += usize::from(stays(bound, j));
+        }
+        self.len = kept;
+    }
+}
+
+/// Whether a candidate stays; a bound that is not a number bounds nothing, so it does.
+pub(super) fn reaches(upper: f32, bar: f32) -> bool {
+    upper >= bar || upper.is_nan()
+}
+
+#[inline(always)]
+fn count_body<const FUSED: bool>(upper: &[f32], bar: f32) -> u32 {
+    upper.iter().map(|&upper| u32::from(upper >= bar)).sum()
+}
+
+per_isa! {
+    /// How many bounds are numbers of at least `bar`.
+    fn count(upper: &[f32], bar: f32) -> u32 = count_body;
+}
+
+/// Numbers compared side by side.
+const LANES: usize = 16;
+
+#[inline(always)]
+fn least_of_body<const FUSED: bool>(upper: &[f32], bar: f32) -> f32 {
+    let lesser = |least: f32, upper: f32| if upper >= bar && upper < least { upper } else { least };
+    let (chunks, rest) = upper.as_chunks::<LANES>();
+    let mut least = [f32::INFINITY; LANES];
+    for upper in chunks {
+        least = std::array::from_fn(|l| lesser(least[l], upper[l]));
+    }
+    rest.iter().copied().chain(least).fold(f32::INFINITY, lesser)
+}
+
+per_isa! {
+    /// The least bound of at least `bar`; infinity where there is none.
+    fn least_of(upper: &[f32], bar: f32) -> f32 = least_of_body;
+}
+
+#[inline(always)]
+fn range_body<const FUSED: bool>(upper: &[f32]) -> (f32, f32) {
+    let lesser = |a: f32, b: f32| if b < a { b } else { a };
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = upper.as_chunks::<LANES>();
+    let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    for upper in chunks {
+        low = std::array::from_fn(|l| lesser(low[l], upper[l]));
+        high = std::array::from_fn(|l| larger(high[l], upper[l]));
+    }
+    let rest = || rest.iter().copied();
+    (rest().chain(low).fold(f32::INFINITY, lesser), rest().chain(high).fold(f32::NEG_INFINITY, larger))
+}
+
+per_isa! {
+    /// The least and the largest bound that is a number; infinity and its opposite where none is.
+    fn range(upper: &[f32]) -> (f32, f32) = range_body;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting(upper: &[f32]) -> Waiting {
+        let mut waiting = Waiting::default();
+        upper.iter().zip(0..).for_each(|(&upper, feature)| waiting.push(upper, feature));
+        waiting
+    }
+
+    #[test]
+    fn at_least_k_reach_the_threshold_and_few_more() {
+        let upper: Vec<f32> =
+            (0..500_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 - 4e6).collect();
+        let waiting = waiting(&upper);
+        for (isa, k) in Isa::available().flat_map(|isa| [1, 7, 32, 250, 499, 500].map(|k| (isa, k))) {
+            let reaching = waiting.reaching(isa, waiting.threshold(isa, k));
+            assert!((k..=k + k / SPARE).contains(&reaching), "{isa:?}: {reaching} of {k}");
+        }
+        assert_eq!(waiting.threshold(Isa::PLAIN, 501), f32::NEG_INFINITY);
+    }
+
+    #[test]
+    fn equal_bounds_reach_the_threshold_together_and_what_is_no_number_is_not_counted() {
+        let upper = [2.0, f32::NAN, 1.0, 1.0, -0.0, 0.0, f32::INFINITY, -f32::NAN, 1.0];
+        for isa in Isa::available() {
+            let mut waiting = waiting(&upper);
+            assert_eq!([1, 2, 3, 5].map(|k| waiting.threshold(isa, k)), [f32::INFINITY, 2.0, 1.0, 1.0]);
+            assert_eq!([6, 7, 8].map(|k| waiting.threshold(isa, k)), [0.0, 0.0, f32::NEG_INFINITY]);
+            waiting.drop_below(1.0);
+            let mut taken = Vec::new();
+            waiting.take_reaching(2.0, |feature| taken.push(feature));
+            assert_eq!((taken, &waiting.feature[..waiting.len]), (vec![0, 1, 6, 7], &[2, 3, 8][..]));
+        }
+    }
+
+    #[test]
+    fn of_no_candidates_none_reaches() {
+        for isa in Isa::available() {
+            assert_eq!(Waiting::default().threshold(isa, 1), f32::NEG_INFINITY);
+            assert_eq!(waiting(&[f32::NAN]).threshold(isa, 1), f32::NEG_INFINITY);
+        }
+    }
+}
