@@ -93,7 +93,8 @@ impl Waiting {
                 (low, reaching) = (middle, above);
             }
         }
-        least_of(isa, self.bounds(), score_of(low))
+        // An infinite bound is one that overflowed: all that is known of it is that it lies beyond f32.
+        least_of(isa, self.bounds(), score_of(low)).min(f32::MAX)
     }
 
     /// Drops the candidates below `bar`.
@@ -144,14 +145,24 @@ per_isa! {
 const LANES: usize = 16;
 
 #[inline(always)]
+fn lesser(a: f32, b: f32) -> f32 {
+    if b < a { b } else { a }
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+#[inline(always)]
 fn least_of_body<const FUSED: bool>(upper: &[f32], bar: f32) -> f32 {
-    let lesser = |least: f32, upper: f32| if upper >= bar && upper < least { upper } else { least };
+    let lesser_of = |least: f32, upper: f32| lesser(least, if upper >= bar { upper } else { f32::INFINITY });
     let (chunks, rest) = upper.as_chunks::<LANES>();
     let mut least = [f32::INFINITY; LANES];
     for upper in chunks {
-        least = std::array::from_fn(|l| lesser(least[l], upper[l]));
+        least = std::array::from_fn(|l| lesser_of(least[l], upper[l]));
     }
-    rest.iter().copied().chain(least).fold(f32::INFINITY, lesser)
+    rest.iter().copied().fold(least.into_iter().fold(f32::INFINITY, lesser), lesser_of)
 }
 
 per_isa! {
@@ -161,16 +172,15 @@ per_isa! {
 
 #[inline(always)]
 fn range_body<const FUSED: bool>(upper: &[f32]) -> (f32, f32) {
-    let lesser = |a: f32, b: f32| if b < a { b } else { a };
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
     let (chunks, rest) = upper.as_chunks::<LANES>();
     let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
     for upper in chunks {
         low = std::array::from_fn(|l| lesser(low[l], upper[l]));
         high = std::array::from_fn(|l| larger(high[l], upper[l]));
     }
-    let rest = || rest.iter().copied();
-    (rest().chain(low).fold(f32::INFINITY, lesser), rest().chain(high).fold(f32::NEG_INFINITY, larger))
+    let low = low.into_iter().fold(f32::INFINITY, lesser);
+    let high = high.into_iter().fold(f32::NEG_INFINITY, larger);
+    (rest.iter().copied().fold(low, lesser), rest.iter().copied().fold(high, larger))
 }
 
 per_isa! {
@@ -205,7 +215,7 @@ mod tests {
         let upper = [2.0, f32::NAN, 1.0, 1.0, -0.0, 0.0, f32::INFINITY, -f32::NAN, 1.0];
         for isa in Isa::available() {
             let mut waiting = waiting(&upper);
-            assert_eq!([1, 2, 3, 5].map(|k| waiting.threshold(isa, k)), [f32::INFINITY, 2.0, 1.0, 1.0]);
+            assert_eq!([1, 2, 3, 5].map(|k| waiting.threshold(isa, k)), [f32::MAX, 2.0, 1.0, 1.0]);
             assert_eq!([6, 7, 8].map(|k| waiting.threshold(isa, k)), [0.0, 0.0, f32::NEG_INFINITY]);
             waiting.drop_below(1.0);
             let mut taken = Vec::new();

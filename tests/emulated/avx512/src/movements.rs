@@ -20,6 +20,8 @@ pub(crate) fn movements(at: &mut At<'_>) -> Outcome<()> {
             gather::<u32>(at, 2, |l, _| (usize::from(l % 4 >= 2), l / 4 * 4 + (selector >> (l % 4 * 2) & 3)))
         }
         M::Vshufpd => gather::<u64>(at, 2, |l, _| (l % 2, l / 2 * 2 + (selector >> l & 1))),
+        M::Vshuff32x4 | M::Vshufi32x4 => gather::<u32>(at, 2, |l, lanes| block(selector, l, lanes, 4)),
+        M::Vshuff64x2 | M::Vshufi64x2 => gather::<u64>(at, 2, |l, lanes| block(selector, l, lanes, 2)),
         M::Vpermpd | M::Vpermq if immediate(at) => {
             gather::<u64>(at, 1, |l, _| (0, l / 4 * 4 + (selector >> (l % 4 * 2) & 3)))
         }
@@ -67,6 +69,14 @@ fn spread<T: Pod>(at: &mut At<'_>) -> Outcome<()> {
         }
     }
     at.write_vector::<T>(result)
+}
+
+/// Where lane `l` of `lanes` comes from when blocks of 128 bits, `width` lanes each, are chosen; the lower half of them is
+/// chosen from the first source.
+fn block(selector: usize, l: usize, lanes: usize, width: usize) -> (usize, usize) {
+    let (blocks, place) = (lanes / width, l / width);
+    let bits = blocks.ilog2() as usize;
+    (usize::from(place >= blocks / 2), (selector >> (place * bits) & (blocks - 1)) * width + l % width)
 }
 
 fn permute<T: Pod>(at: &mut At<'_>) -> Outcome<()> {
