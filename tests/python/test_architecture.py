@@ -206,7 +206,9 @@ def test_unsafe_lives_in_the_maps_and_the_micro_kernels():
         for p in rust("core")
         if re.search(r"\bunsafe (\{|fn|impl|trait|extern)", code_of(p))
     }
-    assert all(u.startswith("kernels/") or u in {"memory.rs", "store/map.rs", "store/fs.rs"} for u in users), users
+    assert all(
+        u.startswith("kernels/") or u in {"memory.rs", "store/map.rs", "store/fs.rs"} for u in users
+    ), users
 
 
 def test_the_core_knows_no_python():

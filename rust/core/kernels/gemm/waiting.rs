@@ -77,13 +77,13 @@ impl Waiting {
     /// A candidate's bound that at least `k` of them reach, and not many more unless they are equal; minus infinity when
     /// there are fewer.
     pub(super) fn threshold(&self, isa: Isa, k: usize) -> f32 {
-        let (lowest, highest) = range(isa, self.bounds());
+        let lowest = least_of(isa, self.bounds(), f32::NEG_INFINITY);
         let mut reaching = self.reaching(isa, lowest);
         if reaching < k {
             return f32::NEG_INFINITY;
         }
         // At least `k` candidates reach `low`; fewer reach `high`.
-        let (mut low, mut high) = (key(lowest), key(highest) + 1);
+        let (mut low, mut high) = (key(lowest), key(largest(isa, self.bounds())) + 1);
         while reaching > k + k / SPARE && high - low > 1 {
             let middle = low + (high - low) / 2;
             let above = self.reaching(isa, score_of(middle));
@@ -171,21 +171,18 @@ per_isa! {
 }
 
 #[inline(always)]
-fn range_body<const FUSED: bool>(upper: &[f32]) -> (f32, f32) {
+fn largest_body<const FUSED: bool>(upper: &[f32]) -> f32 {
     let (chunks, rest) = upper.as_chunks::<LANES>();
-    let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    let mut largest = [f32::NEG_INFINITY; LANES];
     for upper in chunks {
-        low = std::array::from_fn(|l| lesser(low[l], upper[l]));
-        high = std::array::from_fn(|l| larger(high[l], upper[l]));
+        largest = std::array::from_fn(|l| larger(largest[l], upper[l]));
     }
-    let low = low.into_iter().fold(f32::INFINITY, lesser);
-    let high = high.into_iter().fold(f32::NEG_INFINITY, larger);
-    (rest.iter().copied().fold(low, lesser), rest.iter().copied().fold(high, larger))
+    rest.iter().copied().fold(largest.into_iter().fold(f32::NEG_INFINITY, larger), larger)
 }
 
 per_isa! {
-    /// The least and the largest bound that is a number; infinity and its opposite where none is.
-    fn range(upper: &[f32]) -> (f32, f32) = range_body;
+    /// The largest bound that is a number; minus infinity where none is.
+    fn largest(upper: &[f32]) -> f32 = largest_body;
 }
 
 #[cfg(test)]
