@@ -1,8 +1,8 @@
 //! Memory for large arrays: zeros on large pages, and zeros that begin on a cache line.
 //!
 //! A fresh array of 4 KiB pages costs a fault each, and streams through more pages than the processor keeps translations
-//! of. Linux gives pages of 2 MiB to who asks, which is its default (`madvise`): the Gram form of CKA takes 1.3 times as long
-//! without.
+//! of. Linux gives pages of 2 MiB to who asks, which is its default (`madvise`): without, the Gram form of CKA takes 1.25 times
+//! as long at n 1024, d 768.
 
 #![allow(unsafe_code)]
 

@@ -28,13 +28,26 @@ pub const TILE: usize = 96;
 pub const TILE_LEN: usize = TILE * TILE;
 
 /// Numbers that `columns` columns take on one side of a slab.
-pub fn side_len(kernel: Kernel, side: Side, columns: usize) -> usize {
+fn side_len(kernel: Kernel, side: Side, columns: usize) -> usize {
     columns.next_multiple_of(kernel.width(side)) * DEPTH
 }
 
 /// Numbers that `columns` columns take in a slab, left side first.
 pub fn slab_len(kernel: Kernel, columns: usize) -> usize {
     side_len(kernel, Side::Left, columns) + side_len(kernel, Side::Right, columns)
+}
+
+/// Where one side of `columns`, which begin a tile, lies in a slab of `d` columns.
+pub fn side_of(kernel: Kernel, side: Side, d: usize, columns: Range<usize>) -> Range<usize> {
+    let before = if side == Side::Left { 0 } else { side_len(kernel, Side::Left, d) };
+    let start = before + columns.start * DEPTH;
+    start..start + side_len(kernel, side, columns.len())
+}
+
+/// Both sides of a slab of `d` columns, each with the width of its panels.
+fn sides(kernel: Kernel, d: usize, slab: &mut [f32]) -> [(usize, &mut [f32]); 2] {
+    let (left, right) = slab.split_at_mut(side_len(kernel, Side::Left, d));
+    [(kernel.width(Side::Left), left), (kernel.width(Side::Right), right)]
 }
 
 /// Partial sums of norms and dot products: part of their definition.
@@ -154,9 +167,7 @@ pub fn pack_columns(isa: Isa, rows: &Rows<'_>, frame: &Frame, out: &mut [f32]) -
 
 /// Writes `values` as step `i` of the panels of one slab; columns beyond the last are zero.
 pub fn pack_step(kernel: Kernel, values: &[f32], i: usize, out: &mut [f32]) {
-    let (left, right) = out.split_at_mut(side_len(kernel, Side::Left, values.len()));
-    for (side, out) in [(Side::Left, left), (Side::Right, right)] {
-        let width = kernel.width(side);
+    for (width, out) in sides(kernel, values.len(), out) {
         for (panel, values) in out.chunks_exact_mut(width * DEPTH).zip(values.chunks(width)) {
             let step = &mut panel[i * width..(i + 1) * width];
             step[values.len()..].fill(0.0);
@@ -177,9 +188,7 @@ pub fn pack_rows(isa: Isa, rows: &Rows<'_>, frame: &Frame, block: &mut Vec<f32>,
     }
     for (slab, out) in out.chunks_exact_mut(slab_len(kernel, TILE)).enumerate() {
         let columns = slab * DEPTH..d.min((slab + 1) * DEPTH);
-        let (left, right) = out.split_at_mut(side_len(kernel, Side::Left, TILE));
-        for (side, out) in [(Side::Left, left), (Side::Right, right)] {
-            let width = kernel.width(side);
+        for (width, out) in sides(kernel, TILE, out) {
             for (rows, panel) in block.chunks_exact(width * d).zip(out.chunks_exact_mut(width * DEPTH)) {
                 transpose(rows, d, columns.clone(), panel);
             }

@@ -13,7 +13,8 @@ use crate::kernels::sieve::{key, score_of};
 /// Of how many candidates wanted one more may reach the threshold.
 const SPARE: usize = 8;
 
-/// Candidates of a row, in the order in which they came: the first `len` of either array.
+/// Candidates of a row, in the order in which they came: the first `len` of either array. The arrays are longer, so that a
+/// hit is two stores: to lengthen them would clear first what is about to be written.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Waiting {
     len: usize,
@@ -38,16 +39,14 @@ impl Waiting {
     #[inline]
     pub(super) fn push_hits(&mut self, upper: &[f32; COLS], mut hits: u32, first: u32) {
         self.make_room();
+        let count = hits.count_ones() as usize;
         let places = self.upper[self.len..].iter_mut().zip(&mut self.feature[self.len..]);
-        self.len += hits.count_ones() as usize;
-        for (bound, feature) in places {
-            if hits == 0 {
-                break;
-            }
+        for (bound, feature) in places.take(count) {
             let c = hits.trailing_zeros();
             hits &= hits - 1;
             (*bound, *feature) = (upper[c as usize], first + c);
         }
+        self.len += count;
     }
 
     pub(super) fn push(&mut self, upper: f32, feature: u32) {
@@ -154,15 +153,21 @@ fn larger(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }
 }
 
+/// What `pick` leaves of all bounds, each as `read` reads it, and of `start`, which stands for none.
+#[inline(always)]
+fn extreme(upper: &[f32], start: f32, read: impl Fn(f32) -> f32, pick: impl Fn(f32, f32) -> f32) -> f32 {
+    let (chunks, rest) = upper.as_chunks::<LANES>();
+    let mut lanes = [start; LANES];
+    for upper in chunks {
+        lanes = std::array::from_fn(|l| pick(lanes[l], read(upper[l])));
+    }
+    let whole = lanes.into_iter().fold(start, &pick);
+    rest.iter().fold(whole, |best, upper| pick(best, read(*upper)))
+}
+
 #[inline(always)]
 fn least_of_body<const FUSED: bool>(upper: &[f32], bar: f32) -> f32 {
-    let lesser_of = |least: f32, upper: f32| lesser(least, if upper >= bar { upper } else { f32::INFINITY });
-    let (chunks, rest) = upper.as_chunks::<LANES>();
-    let mut least = [f32::INFINITY; LANES];
-    for upper in chunks {
-        least = std::array::from_fn(|l| lesser_of(least[l], upper[l]));
-    }
-    rest.iter().copied().fold(least.into_iter().fold(f32::INFINITY, lesser), lesser_of)
+    extreme(upper, f32::INFINITY, |upper| if upper >= bar { upper } else { f32::INFINITY }, lesser)
 }
 
 per_isa! {
@@ -172,12 +177,7 @@ per_isa! {
 
 #[inline(always)]
 fn largest_body<const FUSED: bool>(upper: &[f32]) -> f32 {
-    let (chunks, rest) = upper.as_chunks::<LANES>();
-    let mut largest = [f32::NEG_INFINITY; LANES];
-    for upper in chunks {
-        largest = std::array::from_fn(|l| larger(largest[l], upper[l]));
-    }
-    rest.iter().copied().fold(largest.into_iter().fold(f32::NEG_INFINITY, larger), larger)
+    extreme(upper, f32::NEG_INFINITY, |upper| upper, larger)
 }
 
 per_isa! {

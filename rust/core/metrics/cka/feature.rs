@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use super::{Estimator, Problem, Sums, too_large};
 use crate::error::{Error, Result};
 use crate::kernels::gram::{
-    DEPTH, Margins, TILE, TILE_LEN, add_slab, pack_columns, pack_step, side_len, slab_len,
+    DEPTH, Margins, TILE, TILE_LEN, add_slab, pack_columns, pack_step, side_of, slab_len,
 };
 use crate::kernels::panel::{Kernel, Side};
 use crate::memory::Aligned;
@@ -89,10 +89,8 @@ impl Layout {
     /// Where one side of a block lies within a slab.
     fn side(&self, block: usize, side: Side) -> Range<usize> {
         let Block { layer, columns } = &self.blocks[block];
-        let before =
-            if side == Side::Left { 0 } else { side_len(self.kernel, Side::Left, self.widths[*layer]) };
-        let start = self.first[*layer] + before + columns.start * DEPTH;
-        start..start + side_len(self.kernel, side, columns.len())
+        let within = side_of(self.kernel, side, self.widths[*layer], columns.clone());
+        self.first[*layer] + within.start..self.first[*layer] + within.end
     }
 }
 
@@ -256,17 +254,14 @@ fn reduce(problem: &Problem<'_>, layout: &Layout, tile: Tile, product: &[f64], t
     }
     let u = &totals.sums[b.layer][b.columns.clone()];
     let (mut inner, mut rows) = (0.0, 0.0);
+    // Of a block with itself only what is on and above the diagonal is made; the rest mirrors it.
+    let diagonal = tile.a == tile.b;
     for (i, (s, row)) in s.iter().zip(product.chunks_exact(TILE)).enumerate() {
-        // Of a block with itself only what is on and above the diagonal is made; the rest mirrors it.
-        let (first, rest) = if tile.a == tile.b { (i + 1, 2.0) } else { (0, 1.0) };
-        let mut add = |weight: f64, c: f64, u: f64| {
+        for (j, (c, u)) in row.iter().zip(u).enumerate().skip(if diagonal { i } else { 0 }) {
+            let weight = if diagonal && j > i { 2.0 } else { 1.0 };
             inner += weight * c * c;
             rows += weight * s * c * u;
-        };
-        if first > 0 {
-            add(1.0, row[i], u[i]);
         }
-        row[first..u.len()].iter().zip(&u[first..]).for_each(|(c, u)| add(rest, *c, *u));
     }
     Part::Product { inner, rows }
 }

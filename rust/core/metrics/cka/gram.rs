@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use super::{Estimator, Problem, Sums, too_large};
 use crate::error::{Error, Result};
 use crate::kernels::gram::{
-    DEPTH, Margins, TILE, TILE_LEN, add_slab, dot, mirror, pack_rows, side_len, slab_len,
+    DEPTH, Margins, TILE, TILE_LEN, add_slab, dot, mirror, pack_rows, side_of, slab_len,
 };
 use crate::kernels::panel::{Kernel, Side};
 use crate::memory::Aligned;
@@ -181,13 +181,12 @@ pub(super) fn gram_tile(
 ) {
     tile.fill(0.0);
     let (kernel, d, diagonal) = (layout.kernel, problem.layers[l].source.d(), a.index == b.index);
-    let whole = side_len(kernel, Side::Left, TILE);
-    let left = ..side_len(kernel, Side::Left, a.rows);
-    let right = whole..whole + side_len(kernel, Side::Right, b.rows);
+    let left = side_of(kernel, Side::Left, TILE, 0..a.rows);
+    let right = side_of(kernel, Side::Right, TILE, 0..b.rows);
     let [a, b] = [a, b].map(|rows| rows.values[layout.layer(l)].chunks_exact(slab_len(kernel, TILE)));
     for (slab, (a, b)) in a.zip(b).enumerate() {
         let depth = (d - slab * DEPTH).min(DEPTH);
-        add_slab(kernel, &a[left], &b[right.clone()], depth, diagonal, tile);
+        add_slab(kernel, &a[left.clone()], &b[right.clone()], depth, diagonal, tile);
     }
     if diagonal {
         mirror(tile);

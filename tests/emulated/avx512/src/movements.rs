@@ -20,8 +20,6 @@ pub(crate) fn movements(at: &mut At<'_>) -> Outcome<()> {
             gather::<u32>(at, 2, |l, _| (usize::from(l % 4 >= 2), l / 4 * 4 + (selector >> (l % 4 * 2) & 3)))
         }
         M::Vshufpd => gather::<u64>(at, 2, |l, _| (l % 2, l / 2 * 2 + (selector >> l & 1))),
-        M::Vshuff32x4 | M::Vshufi32x4 => gather::<u32>(at, 2, |l, lanes| block(selector, l, lanes, 4)),
-        M::Vshuff64x2 | M::Vshufi64x2 => gather::<u64>(at, 2, |l, lanes| block(selector, l, lanes, 2)),
         M::Vpermpd | M::Vpermq if immediate(at) => {
             gather::<u64>(at, 1, |l, _| (0, l / 4 * 4 + (selector >> (l % 4 * 2) & 3)))
         }
@@ -37,7 +35,7 @@ pub(crate) fn movements(at: &mut At<'_>) -> Outcome<()> {
         M::Vextractf64x4 | M::Vextracti64x4 => extract(at, 32),
         M::Vinsertf32x4 | M::Vinserti32x4 => insert(at, 16),
         M::Vinsertf64x4 | M::Vinserti64x4 => insert(at, 32),
-        M::Vpmovm2d => spread::<u32>(at),
+        M::Vpmovm2d => spread(at),
         M::Vpmovdb => narrow::<u8>(at, |v| v as u8),
         M::Vpmovdw => narrow::<u16>(at, |v| v as u16),
         _ => Err(Refusal::Unknown),
@@ -60,23 +58,13 @@ fn gather<T: Pod>(
 }
 
 /// All ones in the lanes whose mask bit is set, zeros in the others.
-fn spread<T: Pod>(at: &mut At<'_>) -> Outcome<()> {
-    let mask = at.bits(1, 8)?;
+fn spread(at: &mut At<'_>) -> Outcome<()> {
+    let mask = at.bits(1, 2)?;
     let mut result = Vector::default();
-    for (l, lane) in result.lanes_mut::<T>().iter_mut().enumerate() {
-        if mask >> l & 1 == 1 {
-            bytemuck::bytes_of_mut(lane).fill(0xff);
-        }
+    for (l, lane) in result.lanes_mut::<u32>().iter_mut().enumerate() {
+        *lane = if mask >> l & 1 == 1 { u32::MAX } else { 0 };
     }
-    at.write_vector::<T>(result)
-}
-
-/// Where lane `l` of `lanes` comes from when blocks of 128 bits, `width` lanes each, are chosen; the lower half of them is
-/// chosen from the first source.
-fn block(selector: usize, l: usize, lanes: usize, width: usize) -> (usize, usize) {
-    let (blocks, place) = (lanes / width, l / width);
-    let bits = blocks.ilog2() as usize;
-    (usize::from(place >= blocks / 2), (selector >> (place * bits) & (blocks - 1)) * width + l % width)
+    at.write_vector::<u32>(result)
 }
 
 fn permute<T: Pod>(at: &mut At<'_>) -> Outcome<()> {

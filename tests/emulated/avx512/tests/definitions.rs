@@ -279,24 +279,6 @@ fn lanes_narrow_by_truncation() {
 }
 
 #[test]
-fn blocks_are_chosen() {
-    each(
-        |a| a.vshuff64x2(zmm0, zmm1, zmm2, 0b0111_0001).unwrap(),
-        |before, found| {
-            let [a, b] = [1, 2].map(|i: usize| before.zmm[i].lanes::<u64>());
-            assert_eq!(found.lanes::<u64>(), [a[2], a[3], a[0], a[1], b[6], b[7], b[2], b[3]]);
-        },
-    );
-    each(
-        |a| a.vshufi32x4(ymm0, ymm1, ymm2, 0b01).unwrap(),
-        |before, found| {
-            assert_eq!(found.lanes::<u64>()[..2], before.zmm[1].lanes::<u64>()[2..4]);
-            assert_eq!(found.lanes::<u64>()[2..4], before.zmm[2].lanes::<u64>()[..2]);
-        },
-    );
-}
-
-#[test]
 fn masks_spread_over_lanes() {
     each(
         |a| a.vpmovm2d(zmm0, k1).unwrap(),
