@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use microtome_core::kernels::gemm::isa::VARIABLE;
-use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
+use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Screen, Space, Terms, Wanted};
 use microtome_core::metrics::encode::{Activation, Weights};
 use microtome_core::scan::Context;
 use microtome_core::scan::encode::{Codes, encode, pack};
@@ -28,21 +28,31 @@ fn best(x: &[f32], features: &[f32], k: usize, positive: bool) -> Vec<u32> {
     order
 }
 
-fn dictionary(isa: Isa, features: &[f32], d: usize, certificate: Certificate) -> Dictionary {
-    let plan = Plan::with_isa(isa, d, certificate, None);
+/// The plans of every path for width `d`: with the screen that it would choose, and with every other that it has.
+fn plans(d: usize, certificate: Certificate) -> Vec<Plan> {
+    let plans = |isa| {
+        let forced = move |screen| Plan::with_screen(isa, screen, d, certificate, None);
+        std::iter::once(Plan::with_isa(isa, d, certificate, None)).chain(Screen::available(isa).map(forced))
+    };
+    Isa::available().flat_map(plans).collect()
+}
+
+fn dictionary(plan: &Plan, features: &[f32]) -> Dictionary {
+    let d = plan.d();
     let panels =
         features.chunks(32 * d).enumerate().map(|(p, rows)| plan.panel(p, rows.to_vec(), &Terms::default()));
     Dictionary::new(plan.clone(), panels.collect())
 }
 
 fn check(x: &[f32], features: &[f32], d: usize, k: usize) {
-    for isa in Isa::available() {
-        for (certificate, positive) in [(Certificate::Deterministic, true), (Certificate::Dithered, false)] {
+    for (certificate, positive) in [(Certificate::Deterministic, true), (Certificate::Dithered, false)] {
+        let expected: Vec<_> = x.chunks(d).map(|row| best(row, features, k, positive)).collect();
+        for plan in plans(d, certificate) {
             let mut space = Space::default();
-            dictionary(isa, features, d, certificate).select(x, Wanted::Best { k, positive }, &mut space);
-            for (i, row) in x.chunks(d).enumerate() {
+            dictionary(&plan, features).select(x, Wanted::Best { k, positive }, &mut space);
+            for (i, expected) in expected.iter().enumerate() {
                 let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
-                assert_eq!(found, best(row, features, k, positive), "{isa:?} row {i} d={d} k={k}");
+                assert_eq!(found, *expected, "{:?} {:?} row {i} d={d} k={k}", plan.isa(), plan.screen());
             }
         }
     }
@@ -51,31 +61,26 @@ fn check(x: &[f32], features: &[f32], d: usize, k: usize) {
 /// As [`check`], for features ranked by score times weight.
 fn check_weighted(x: &[f32], features: &[f32], d: usize, k: usize) {
     let weight = |j: usize| f64::from(1 + j as u32 * 7 % 13) / 4.0;
-    for isa in Isa::available() {
-        for certificate in [Certificate::Deterministic, Certificate::Dithered] {
-            let plan = Plan::with_isa(isa, d, certificate, None);
-            let panels = features.chunks(32 * d).enumerate().map(|(p, rows)| {
-                let weight = std::array::from_fn(|c| weight(p * 32 + c));
-                plan.panel(p, rows.to_vec(), &Terms { weight, ..Terms::default() })
-            });
-            let mut space = Space::default();
-            Dictionary::new(plan.clone(), panels.collect()).select(
-                x,
-                Wanted::Best { k, positive: true },
-                &mut space,
-            );
-            for (i, row) in x.chunks(d).enumerate() {
-                let rank = |(j, w): (usize, &[f32])| {
-                    let score: f64 = row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                    (score * weight(j), j as u32)
-                };
-                let mut ranks: Vec<_> =
-                    features.chunks(d).enumerate().map(rank).filter(|r| r.0 > 0.0).collect();
-                ranks.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-                let expected: Vec<u32> = ranks.iter().take(k).map(|r| r.1).collect();
-                let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
-                assert_eq!(found, expected, "{isa:?} {certificate:?} row {i}");
-            }
+    let expected = |row: &[f32]| {
+        let rank = |(j, w): (usize, &[f32])| {
+            let score: f64 = row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            (score * weight(j), j as u32)
+        };
+        let mut ranks: Vec<_> = features.chunks(d).enumerate().map(rank).filter(|r| r.0 > 0.0).collect();
+        ranks.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        ranks.iter().take(k).map(|r| r.1).collect::<Vec<u32>>()
+    };
+    let expected: Vec<_> = x.chunks(d).map(expected).collect();
+    for plan in [Certificate::Deterministic, Certificate::Dithered].into_iter().flat_map(|c| plans(d, c)) {
+        let panels = features.chunks(32 * d).enumerate().map(|(p, rows)| {
+            let weight = std::array::from_fn(|c| weight(p * 32 + c));
+            plan.panel(p, rows.to_vec(), &Terms { weight, ..Terms::default() })
+        });
+        let (mut space, wanted) = (Space::default(), Wanted::Best { k, positive: true });
+        Dictionary::new(plan.clone(), panels.collect()).select(x, wanted, &mut space);
+        for (i, expected) in expected.iter().enumerate() {
+            let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
+            assert_eq!(found, *expected, "{:?} {:?} row {i}", plan.isa(), plan.screen());
         }
     }
 }
@@ -144,13 +149,12 @@ fn zeros_denormals_and_huge_values_are_ranked_right() {
     let w = noise(f * d, 8);
     for scale in [0.0, 1e-42, 1e-30, 1e30] {
         let x: Vec<f32> = noise(14 * d, 9).into_iter().map(|v| v * scale).collect();
-        for isa in Isa::available() {
+        for plan in plans(d, Certificate::Deterministic) {
             let mut space = Space::default();
-            let wanted = Wanted::Best { k: 5, positive: false };
-            dictionary(isa, &w, d, Certificate::Deterministic).select(&x, wanted, &mut space);
+            dictionary(&plan, &w).select(&x, Wanted::Best { k: 5, positive: false }, &mut space);
             for (i, row) in x.chunks(d).enumerate() {
                 let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
-                assert_eq!(found, best(row, &w, 5, false), "{isa:?} scale {scale} row {i}");
+                assert_eq!(found, best(row, &w, 5, false), "{:?} scale {scale} row {i}", plan.screen());
             }
         }
     }

@@ -71,7 +71,7 @@ impl Encoder {
     fn path(&self) -> (&'static str, &'static str) {
         let plan = self.inner.dictionary().plan();
         let screen = match plan.screen() {
-            Screen::Bytes => "int8",
+            Screen::Bytes | Screen::NarrowBytes => "int8",
             Screen::Words => "int16",
             Screen::BrainFloats => "bfloat16",
             Screen::Floats => "float32",

@@ -1,20 +1,22 @@
-//! The micro-kernel of 256-bit processors: 12 rows × 32 features of 16-bit products, summed exactly in 32 bits.
+//! The micro-kernel of 256-bit processors: 12 rows × 32 features of exact sums, written once, instantiated for words and for
+//! narrow bytes.
 //!
-//! VPMADDWD multiplies 16 pairs of words and adds them two by two: twice the products of an f32 multiply-add, in registers of
-//! the same width, for one addition more, which other ports do. VPMADDUBSW would double that again, but its sums of two
-//! byte products saturate at 16 bits: it is not exact, and not used.
+//! VPMADDWD multiplies 16 pairs of words and adds them two by two in 32 bits: twice the products of an f32 multiply-add, in
+//! registers of the same width, for one addition more, which other ports do. Norms bound the sums: see
+//! [`super::quantize::words`]. VPMADDUBSW doubles that again, and adds in 16 bits: see [`narrow`].
 //!
 //! Four register tiles of 6 × 16 make a tile: 12 accumulators, two registers of the panel, one broadcast word of the strip.
-//! They take the depth in slices that stay in the first-level cache, and keep the sums between slices in memory.
-//! Norms bound the sums: see [`super::quantize::words`].
+//! They take the depth in slices that stay in the first-level cache, and keep sums of 32 bits between slices in memory.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m256, __m256i, _CMP_NLT_UQ, _mm256_add_epi32, _mm256_cmp_ps, _mm256_cvtepi32_ps, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_movemask_ps, _mm256_mul_ps,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_storeu_ps, _mm256_storeu_si256,
+    __m256, __m256i, _CMP_NLT_UQ, _mm256_add_epi16, _mm256_add_epi32, _mm256_cmp_ps, _mm256_cvtepi32_ps,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
+    _mm256_movemask_ps, _mm256_mul_ps, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_si256, _mm256_storeu_ps, _mm256_storeu_si256,
 };
 
+use super::narrow;
 use super::tile::{COLS, Columns, Lines, ROWS, Tile};
 
 /// Lanes of a register.
@@ -23,59 +25,98 @@ const LANES: usize = 8;
 const HEIGHT: usize = 6;
 /// Registers of a row of a register tile.
 const WIDTH: usize = 2;
-/// Steps of a slice: 16 KiB of the panel and 6 KiB of the strip.
+/// Steps of a slice of words: 16 KiB of the panel and 6 KiB of the strip.
 const SLICE: usize = 128;
 
 type Sums = [[[i32; LANES]; COLS / LANES]; ROWS];
 
-/// Bounds of a tile from 16-bit words of rows and features.
-///
-/// `strip` holds [`ROWS`] pairs of words per step, `panel` [`COLS`]; both have the same number of steps.
-///
-/// # Safety
-/// The processor has the target features of this function.
-#[target_feature(enable = "avx2,fma")]
-pub unsafe fn words(strip: &[u32], panel: &[u32], lines: &Lines, columns: &Columns, tile: &mut Tile) {
-    bounds(&products(strip, panel), lines, columns, tile);
-}
+/// One instance of the micro-kernel. A slice is `$slice` steps, of the panel after `$starts` lines that its registers start from.
+macro_rules! micro_kernel {
+    (
+        $(#[$doc:meta])* $name:ident, $products:ident, [$slice:expr, $starts:literal],
+        |$begin:ident, $at:ident| $first:expr, |$sum:ident, $a:ident, $b:ident| $multiply_add:expr, |$done:ident| $widen:expr
+    ) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// The processor has the target features of this function.
+        #[target_feature(enable = "avx2,fma")]
+        pub unsafe fn $name(strip: &[u32], panel: &[u32], lines: &Lines, columns: &Columns, tile: &mut Tile) {
+            bounds(&$products(strip, panel), lines, columns, tile);
+        }
 
-/// The sums of products of a tile.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn products(strip: &[u32], panel: &[u32]) -> Sums {
-    let (a_steps, b_steps) = (strip.as_chunks::<ROWS>().0, panel.as_chunks::<COLS>().0);
-    debug_assert_eq!(a_steps.len(), b_steps.len());
-    let mut sums = Sums::default();
-    for (a, b) in a_steps.chunks(SLICE).zip(b_steps.chunks(SLICE)) {
-        add_products::<0, 0>(a, b, &mut sums);
-        add_products::<HEIGHT, 0>(a, b, &mut sums);
-        add_products::<0, WIDTH>(a, b, &mut sums);
-        add_products::<HEIGHT, WIDTH>(a, b, &mut sums);
-    }
-    sums
-}
-
-/// Adds the products of a register tile, from row `TOP` and register `LEFT` on, over one slice.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn add_products<const TOP: usize, const LEFT: usize>(a: &[[u32; ROWS]], b: &[[u32; COLS]], sums: &mut Sums) {
-    let mut registers: [[__m256i; WIDTH]; HEIGHT] =
-        std::array::from_fn(|r| std::array::from_fn(|v| load(&sums[TOP + r][LEFT + v])));
-    for (a, b) in a.iter().zip(b) {
-        let b = b.as_chunks::<LANES>().0;
-        let b = [load(&b[LEFT]), load(&b[LEFT + 1])];
-        for r in 0..HEIGHT {
-            let a = _mm256_set1_epi32(a[TOP + r].cast_signed());
-            for v in 0..WIDTH {
-                registers[r][v] = _mm256_add_epi32(registers[r][v], _mm256_madd_epi16(a, b[v]));
+        /// The sums of products of a tile.
+        #[inline]
+        #[target_feature(enable = "avx2")]
+        fn $products(strip: &[u32], panel: &[u32]) -> Sums {
+            // Inlined, the sums of all four register tiles would become variables of one function, and be moved about.
+            #[inline(never)]
+            #[target_feature(enable = "avx2")]
+            fn add<const TOP: usize, const LEFT: usize>(
+                a: &[[u32; ROWS]], b: &[[u32; COLS]], sums: &mut Sums,
+            ) {
+                let ($begin, b) = b.split_at($starts);
+                let mut registers = [[_mm256_setzero_si256(); WIDTH]; HEIGHT];
+                for v in 0..WIDTH {
+                    let $at = LEFT + v;
+                    for row in &mut registers {
+                        row[v] = $first;
+                    }
+                }
+                for (a, b) in a.iter().zip(b) {
+                    let b = [load(part(b, LEFT)), load(part(b, LEFT + 1))];
+                    for r in 0..HEIGHT {
+                        let $a = _mm256_set1_epi32(a[TOP + r].cast_signed());
+                        for v in 0..WIDTH {
+                            let ($sum, $b) = (registers[r][v], b[v]);
+                            registers[r][v] = $multiply_add;
+                        }
+                    }
+                }
+                for (r, row) in registers.iter().enumerate() {
+                    for (v, &$done) in row.iter().enumerate() {
+                        let sum = &mut sums[TOP + r][LEFT + v];
+                        store_sums(sum, _mm256_add_epi32(load(sum), $widen));
+                    }
+                }
             }
+            let (a_steps, b_steps) = (strip.as_chunks::<ROWS>().0, panel.as_chunks::<COLS>().0);
+            debug_assert_eq!(a_steps.len() + a_steps.len().div_ceil($slice) * $starts, b_steps.len());
+            let mut sums = Sums::default();
+            for (a, b) in a_steps.chunks($slice).zip(b_steps.chunks($slice + $starts)) {
+                add::<0, 0>(a, b, &mut sums);
+                add::<HEIGHT, 0>(a, b, &mut sums);
+                add::<0, WIDTH>(a, b, &mut sums);
+                add::<HEIGHT, WIDTH>(a, b, &mut sums);
+            }
+            sums
         }
-    }
-    for (r, row) in registers.iter().enumerate() {
-        for (v, register) in row.iter().enumerate() {
-            store_sums(&mut sums[TOP + r][LEFT + v], *register);
-        }
-    }
+    };
+}
+
+micro_kernel!(
+    /// Bounds of a tile from 16-bit words of rows and features.
+    ///
+    /// `strip` holds [`ROWS`] pairs of words per step, `panel` [`COLS`]; both have the same number of steps.
+    words, word_products, [SLICE, 0],
+    |_starts, _at| _mm256_setzero_si256(),
+    |sum, a, b| _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)),
+    |done| done
+);
+
+micro_kernel!(
+    /// Bounds of a tile from bytes as [`narrow`] packs them.
+    ///
+    /// `strip` holds [`ROWS`] words of four bytes per step, `panel` [`COLS`], and before every slice its starts.
+    narrow_bytes, narrow_products, [narrow::SLICE, 1],
+    |starts, at| load(part(&starts[0], at)),
+    |sum, a, b| _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)),
+    |done| _mm256_madd_epi16(done, _mm256_set1_epi16(1))
+);
+
+/// A register's share of a line of a panel.
+fn part(line: &[u32; COLS], at: usize) -> &[u32; LANES] {
+    &line.as_chunks::<LANES>().0[at]
 }
 
 /// Turns sums into upper bounds, and marks those that reach the threshold of their row.
@@ -134,31 +175,85 @@ fn store_sums(to: &mut [i32; LANES], from: __m256i) {
 mod tests {
     use super::super::Isa;
     use super::super::isa::Path;
+    use super::super::quantize::{self, Limits};
     use super::*;
+
+    /// Words from a fixed sequence.
+    fn sequence() -> impl FnMut() -> i16 {
+        let mut state = 5_u64;
+        move || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 48) as i16
+        }
+    }
+
+    /// Compares sums of a tile with those of 64-bit arithmetic; elements of rows and features lie one after the other.
+    fn check<T: Copy + Into<i64>>(sums: &Sums, rows: &[T], features: &[T], d: usize) {
+        for (r, c) in (0..ROWS).flat_map(|r| (0..COLS).map(move |c| (r, c))) {
+            let (row, feature) = (&rows[r * d..(r + 1) * d], &features[c * d..(c + 1) * d]);
+            let sum: i64 = row.iter().zip(feature).map(|(&a, &b)| a.into() * b.into()).sum();
+            assert_eq!(i64::from(sums[r][c / LANES][c % LANES]), sum, "d={d}: {r}, {c}");
+        }
+    }
+
+    /// Vectors of words, one after the other, side by side: `N` words per step.
+    fn interleave<const N: usize>(words: &[u32]) -> Vec<u32> {
+        let steps = words.len() / N;
+        (0..words.len()).map(|i| words[i % N * steps + i / N]).collect()
+    }
 
     #[test]
     fn sums_of_word_products_are_those_of_64_bit_arithmetic() {
         if Isa::new(Path::Avx2).is_none() {
             return;
         }
-        let mut state = 5_u64;
-        let mut word = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 48) as i16 / 32
-        };
+        let mut word = sequence();
         for steps in [1, 7, SLICE, SLICE + 1, 3 * SLICE - 1] {
-            let strip: Vec<i16> = (0..steps * ROWS * 2).map(|_| word()).collect();
-            let panel: Vec<i16> = (0..steps * COLS * 2).map(|_| word()).collect();
+            let rows: Vec<i16> = (0..steps * ROWS * 2).map(|_| word() / 32).collect();
+            let features: Vec<i16> = (0..steps * COLS * 2).map(|_| word() / 32).collect();
+            let strip = interleave::<ROWS>(bytemuck::cast_slice(&rows));
+            let panel = interleave::<COLS>(bytemuck::cast_slice(&features));
             // SAFETY: the processor was asked for AVX2 above.
-            let sums = unsafe { products(bytemuck::cast_slice(&strip), bytemuck::cast_slice(&panel)) };
-            for (r, c) in (0..ROWS).flat_map(|r| (0..COLS).map(move |c| (r, c))) {
-                let terms = (0..steps * 2).map(|i| {
-                    let (step, half) = (i / 2, i % 2);
-                    let (a, b) = (strip[(step * ROWS + r) * 2 + half], panel[(step * COLS + c) * 2 + half]);
-                    i64::from(a) * i64::from(b)
-                });
-                assert_eq!(i64::from(sums[r][c / LANES][c % LANES]), terms.sum::<i64>(), "{steps}: {r}, {c}");
+            check(&unsafe { word_products(&strip, &panel) }, &rows, &features, steps * 2);
+        }
+    }
+
+    /// Narrow bytes of `n` vectors: noise, equal elements, one of a slice's two lanes alone, magnitudes far apart.
+    fn narrow_vectors(n: usize, d: usize, kind: usize, word: &mut impl FnMut() -> i16) -> Vec<i8> {
+        let mut q = vec![0; n * d];
+        for (number, to) in q.chunks_mut(d).enumerate() {
+            let mut element = |i: usize| match kind {
+                0 => f32::from(word()),
+                1 => 1.0 - 2.0 * (number % 2) as f32,
+                2 => f32::from(word()) * f32::from(u8::from(i % 4 < 2)),
+                _ => (f32::from(word()) / 4000.0).exp2(),
+            };
+            let v: Vec<f32> = (0..d).map(&mut element).collect();
+            quantize::bytes(Isa::PLAIN, &v, Limits::NARROW, None, bytemuck::cast_slice_mut(to));
+        }
+        q
+    }
+
+    #[test]
+    fn sums_of_narrow_bytes_are_those_of_64_bit_arithmetic_up_to_the_largest_norms() {
+        if Isa::new(Path::Avx2).is_none() {
+            return;
+        }
+        let mut word = sequence();
+        let steps = [1, 7, narrow::SLICE, narrow::SLICE + 1, 128];
+        for (steps, kind) in steps.into_iter().flat_map(|steps| (0..4).map(move |kind| (steps, kind))) {
+            let d = steps * 4;
+            let rows = narrow_vectors(ROWS, d, kind, &mut word);
+            let features = narrow_vectors(COLS, d, kind, &mut word);
+            let unsigned: Vec<u8> =
+                rows.iter().map(|q| q.cast_unsigned().wrapping_add(narrow::OFFSET)).collect();
+            let strip = interleave::<ROWS>(&bytemuck::pod_collect_to_vec(&unsigned));
+            let mut panel = vec![0; narrow::panel_steps(steps) * COLS];
+            for (c, feature) in features.chunks(d).enumerate() {
+                narrow::pack(&bytemuck::pod_collect_to_vec(feature), c, &mut panel);
             }
+            // SAFETY: the processor was asked for AVX2 above.
+            check(&unsafe { narrow_products(&strip, &panel) }, &rows, &features, d);
         }
     }
 }

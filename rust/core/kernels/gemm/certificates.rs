@@ -31,22 +31,10 @@ fn vectors(n: usize, d: usize, kind: usize, state: &mut u64) -> Vec<f32> {
         .collect()
 }
 
-/// The plans whose bounds this processor can check: on every path what it would choose, f32, and words where only another
-/// processor of that path would choose them.
+/// The plans whose bounds this processor can check: on every path every screen that it has.
 fn plans(d: usize, certificate: Certificate, centre: Option<&Vec<f32>>) -> Vec<Plan> {
-    let mut plans = Vec::new();
-    for isa in Isa::available() {
-        let chosen = Plan::with_isa(isa, d, certificate, centre.cloned());
-        let words = isa.path() == Path::Avx512Vnni && chosen.screen() != Screen::Words;
-        if words {
-            plans.push(Plan { screen: Screen::Words, halves: None, ..chosen.clone() });
-        }
-        if chosen.screen() != Screen::Floats {
-            plans.push(Plan { screen: Screen::Floats, halves: None, ..chosen.clone() });
-        }
-        plans.push(chosen);
-    }
-    plans
+    let pairs = Isa::available().flat_map(|isa| Screen::available(isa).map(move |screen| (isa, screen)));
+    pairs.map(|(isa, screen)| Plan::with_screen(isa, screen, d, certificate, centre.cloned())).collect()
 }
 
 /// Compares bounds and real scores of about `pairs` pairs; says how much of its slack each path and screen ever needed.

@@ -1,7 +1,8 @@
 //! Features packed into panels once, each with the bounds of its rounding.
 
 use super::dot::dot;
-use super::plan::{EPILOGUE, EPILOGUE_BIAS, Plan};
+use super::narrow;
+use super::plan::{EPILOGUE, EPILOGUE_BIAS, Plan, Screen};
 use super::quantize::{self, Rounding, up};
 use super::strips::Halves;
 use super::tile::{COLS, Columns};
@@ -11,8 +12,8 @@ use super::tile::{COLS, Columns};
 pub struct Panel {
     /// The features as they are, row-major, without padding.
     pub(super) rows: Vec<f32>,
-    /// The features as the screen reads them; without x86-64 kernels there is none that does.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    /// The features as the screen reads them, where it does not read them as they are.
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
     pub(super) words: Vec<u32>,
     pub(super) columns: Columns,
     /// Columns of the f32 screen.
@@ -107,7 +108,7 @@ impl Default for Terms {
 impl Plan {
     /// Packs up to [`COLS`] features, row-major; `number` is the panel's place in the dictionary.
     pub fn panel(&self, number: usize, rows: Vec<f32>, terms: &Terms) -> Panel {
-        let mut words = vec![0; self.steps() * COLS];
+        let mut words = vec![0; self.panel_steps() * COLS];
         let (mut columns, mut float_columns) = (Columns::padding(), Columns::padding());
         let (mut scratch, mut word) = (vec![0.0; self.d], vec![0; self.steps()]);
         let mut largest_norm = 0.0_f64;
@@ -119,10 +120,12 @@ impl Plan {
             scratch.copy_from_slice(w);
             let seed = (number * COLS + c) as u32 ^ 0x5bd1_e995;
             let rounding = self.round(&mut scratch, norm, seed, &mut word);
-            for (step, &word) in word.iter().enumerate() {
-                words[step * COLS + c] = word;
+            if self.screen == Screen::NarrowBytes {
+                narrow::pack(&word, c, &mut words);
+            } else {
+                words.chunks_mut(COLS).zip(&word).for_each(|(step, &word)| step[c] = word);
             }
-            let offset: i32 = bytemuck::cast_slice::<u32, i8>(&word).iter().map(|&b| i32::from(b)).sum();
+            let sum: i32 = bytemuck::cast_slice::<u32, i8>(&word).iter().map(|&b| i32::from(b)).sum();
             let (weight, bias) = (terms.weight[c], terms.bias[c]);
             let centred = bias + self.centre.as_ref().map_or(0.0, |centre| dot(self.isa, centre, w));
             let sides = [(&mut columns, centred, rounding), (&mut float_columns, bias, Rounding::EXACT)];
@@ -133,7 +136,7 @@ impl Plan {
                 let slack = (bias.abs() * weight + terms.threshold[c].abs()) * EPILOGUE_BIAS;
                 columns.bias[c] = up(bias * weight - terms.threshold[c] + slack);
             }
-            columns.offset[c] = -128 * offset;
+            columns.offset[c] = -i32::from(self.offset()) * sum;
             if let Some(isa) = self.halves {
                 let rounding = quantize::brain_floats(isa, w, &mut halves[c * self.d..(c + 1) * self.d]);
                 half_residual[c] = up(rounding.share * weight);

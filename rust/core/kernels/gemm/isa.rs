@@ -11,6 +11,8 @@ pub enum Path {
     Plain,
     /// 128-bit fused arithmetic of aarch64.
     Neon,
+    /// 128-bit dot products of 8-bit quadruples.
+    NeonDot,
     /// 256-bit fused arithmetic.
     Avx2,
     /// 512-bit fused arithmetic.
@@ -23,14 +25,22 @@ pub enum Path {
 
 impl Path {
     /// All paths, plainest first.
-    pub const ALL: [Self; 6] =
-        [Self::Plain, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Avx512Vnni];
+    pub const ALL: [Self; 7] = [
+        Self::Plain,
+        Self::Neon,
+        Self::NeonDot,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+        Self::Avx512Vnni,
+    ];
 
     /// Name as [`VARIABLE`] takes it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
             Self::Neon => "neon",
+            Self::NeonDot => "neondot",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
@@ -52,7 +62,7 @@ impl Path {
             && is_x86_feature_detected!("avx512vl");
         match self {
             Self::Plain => true,
-            Self::Neon => false,
+            Self::Neon | Self::NeonDot => false,
             Self::Avx2 => avx2,
             Self::Avx512 => avx512,
             Self::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
@@ -60,9 +70,18 @@ impl Path {
         }
     }
 
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
     fn supported(self) -> bool {
-        self == Self::Plain || (self == Self::Neon && cfg!(target_arch = "aarch64"))
+        match self {
+            Self::Plain | Self::Neon => true,
+            Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod"),
+            _ => false,
+        }
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    fn supported(self) -> bool {
+        self == Self::Plain
     }
 }
 
@@ -82,6 +101,9 @@ pub const VARIABLE: &str = "MICROTOME_ISA";
 impl Isa {
     /// The path that every processor has.
     pub const PLAIN: Self = Self(Path::Plain);
+    /// The path that every aarch64 processor has.
+    #[cfg(target_arch = "aarch64")]
+    pub const NEON: Self = Self(Path::Neon);
 
     /// The path, if this processor has it.
     pub fn new(path: Path) -> Option<Self> {
@@ -141,7 +163,7 @@ macro_rules! per_isa {
                 #[allow(unsafe_code)]
                 Path::Avx2 => unsafe { avx2($($arg),*) },
                 // NEON is part of the aarch64 baseline, fused multiply-add included.
-                Path::Neon => $body::<{ cfg!(target_arch = "aarch64") }>($($arg),*),
+                Path::Neon | Path::NeonDot => $body::<{ cfg!(target_arch = "aarch64") }>($($arg),*),
                 _ => $body::<false>($($arg),*),
             }
         }

@@ -3,7 +3,7 @@
 //! 1. Every feature is rounded once ([`features`]), and every block of rows ([`strips`]), to integers of 8 or 16 bits or to
 //!    bf16, as the [`plan`] says for the processor and the width, and what the rounding leaves out is measured
 //!    ([`quantize`]).
-//! 2. A micro-kernel ([`avx512`], [`avx2`], or [`dot`] in f32 elsewhere) makes a [`tile`] of upper bounds of scores.
+//! 2. A micro-kernel ([`avx512`], [`avx2`], `neon`, or [`dot`] in f32 elsewhere) makes a [`tile`] of upper bounds of scores.
 //! 3. [`select`] keeps the features whose bound reaches the row's threshold, scores those in f64 ([`dot::dot`]) and raises
 //!    the threshold to the k-th best real score so far. What was dropped is provably no member.
 //!
@@ -40,6 +40,9 @@ mod certificates;
 pub mod dot;
 pub mod features;
 pub mod isa;
+mod narrow;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pairs;
 mod pass;
 pub mod plan;

@@ -283,8 +283,9 @@ impl Pass<'_> {
             pairs.products.resize(group.len, 0.0);
             dots_of(dictionary.plan.isa(), group, self.x, &mut pairs.products);
             for (&row, &product) in group.rows.iter().zip(&pairs.products) {
-                let found = &mut self.found[row as usize];
-                found.extend(dictionary.admit(feature, product, self.wanted));
+                let (row, found) = (row as usize, &mut self.found[row as usize]);
+                let bar = f64::from(self.bench.strips.lines[row / ROWS].threshold[row % ROWS]);
+                found.extend(dictionary.admit(feature, product, self.wanted).filter(|s| s.rank >= bar));
                 if let Wanted::Best { k, .. } = self.wanted
                     && found.len() >= SCORES_PER_MEMBER * k
                 {

@@ -4,31 +4,53 @@
 //! | --- | --- | --- |
 //! | `avx512vnni` | bytes up to width 1536, then bf16, or words without it | bytes |
 //! | `avx512bf16` | bf16 | bf16 |
-//! | `avx2` | words | words |
-//! | `avx512`, `neon`, `plain` | f32 | f32 |
+//! | `avx512`, `avx2` | narrow bytes from width 320 to 1536, else words | narrow bytes from width 320, else words |
+//! | `neondot` | bytes up to width 1536, then f32 | bytes |
+//! | `neon`, `plain` | f32 | f32 |
 //!
 //! A screen without dithering is deterministic whatever was asked for.
 
 use super::features::Panel;
 use super::isa::{Isa, Path};
-use super::quantize::{self, Rounding};
+use super::quantize::{self, Limits, Rounding};
 use super::rotate::Rotation;
 use super::strips::Strips;
 use super::tile::{COLS, Lines, ROWS, Tile};
-use super::{dot as dots, tile};
+use super::{dot as dots, narrow, tile};
 use crate::error::Result;
 
 /// Arithmetic of the screen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Screen {
-    /// Signed bytes after a rotation, exact integer sums.
+    /// Signed bytes after a rotation, exact integer sums of 32 bits.
     Bytes,
+    /// Somewhat smaller bytes after a rotation, exact integer sums of 16 bits; see [`narrow`].
+    NarrowBytes,
     /// Signed 16-bit words, exact integer sums.
     Words,
     /// bf16 with f32 sums.
     BrainFloats,
     /// f32.
     Floats,
+}
+
+impl Screen {
+    /// The screens that have a kernel on a path of this processor, fastest first.
+    pub fn available(isa: Isa) -> impl Iterator<Item = Self> {
+        let path = isa.path();
+        let x86 = matches!(path, Path::Avx2 | Path::Avx512 | Path::Avx512Bf16 | Path::Avx512Vnni);
+        let halves = path >= Path::Avx512Bf16 && Isa::new(Path::Avx512Bf16).is_some();
+        let integers = x86 && Isa::new(Path::Avx2).is_some();
+        [
+            (Self::Bytes, matches!(path, Path::Avx512Vnni | Path::NeonDot)),
+            (Self::BrainFloats, halves),
+            (Self::NarrowBytes, integers),
+            (Self::Words, integers),
+            (Self::Floats, true),
+        ]
+        .into_iter()
+        .filter_map(|(screen, available)| available.then_some(screen))
+    }
 }
 
 /// What a screen's bound rests on.
@@ -45,6 +67,8 @@ pub enum Certificate {
 const WIDEST_BYTES: usize = 65_536;
 /// Width up to which the deterministic byte screen leaves fewer candidates than it saves over bf16.
 const WIDEST_CERTAIN_BYTES: usize = 1_536;
+/// Width from which the narrow screen saves more than scoring its candidates costs.
+const NARROWEST_NARROW: usize = 320;
 /// Width from which dithering bounds tighter than rounding to nearest.
 const NARROWEST_DITHERED: usize = 256;
 /// Width from which candidates of the deterministic byte screen are bounded again in bf16 before they are scored.
@@ -85,15 +109,25 @@ impl Plan {
     /// The plan on a given path.
     pub fn with_isa(isa: Isa, d: usize, certificate: Certificate, centre: Option<Vec<f32>>) -> Self {
         let widest = if certificate == Certificate::Dithered { WIDEST_BYTES } else { WIDEST_CERTAIN_BYTES };
-        let words = Isa::new(Path::Avx2).is_some();
-        let screen = match isa.path() {
-            Path::Avx512Vnni if d <= widest => Screen::Bytes,
-            Path::Avx512Vnni if Isa::new(Path::Avx512Bf16).is_some() => Screen::BrainFloats,
-            Path::Avx512Vnni | Path::Avx2 if words && d <= quantize::WIDEST_WORDS => Screen::Words,
-            Path::Avx512Bf16 => Screen::BrainFloats,
-            _ => Screen::Floats,
+        let fits = |screen: Screen| match screen {
+            Screen::Bytes => d <= widest,
+            Screen::NarrowBytes => (NARROWEST_NARROW..=widest).contains(&d),
+            Screen::Words => d <= quantize::WIDEST_WORDS,
+            Screen::BrainFloats | Screen::Floats => true,
         };
-        let dithers = screen == Screen::Bytes && d > NARROWEST_DITHERED;
+        let screen = Screen::available(isa).find(|&screen| fits(screen)).unwrap_or(Screen::Floats);
+        Self::with_screen(isa, screen, d, certificate, centre)
+    }
+
+    /// The plan with a given screen, one of [`Screen::available`].
+    pub fn with_screen(
+        isa: Isa,
+        screen: Screen,
+        d: usize,
+        certificate: Certificate,
+        centre: Option<Vec<f32>>,
+    ) -> Self {
+        let dithers = matches!(screen, Screen::Bytes | Screen::NarrowBytes) && d > NARROWEST_DITHERED;
         let certificate = if dithers { certificate } else { Certificate::Deterministic };
         let refines = screen == Screen::Bytes && certificate == Certificate::Deterministic;
         let halves = if refines && d >= NARROWEST_REFINED && d.is_multiple_of(32) {
@@ -126,14 +160,28 @@ impl Plan {
 
     /// Bytes of one packed panel.
     pub(super) fn panel_bytes(&self, floats: bool) -> usize {
-        let words = if floats { self.d } else { self.steps() };
+        let words = if floats { self.d } else { self.panel_steps() };
         words * COLS * 4
+    }
+
+    /// Words of 32 bits per feature in a packed panel.
+    pub(super) fn panel_steps(&self) -> usize {
+        if self.screen == Screen::NarrowBytes { narrow::panel_steps(self.steps()) } else { self.steps() }
+    }
+
+    /// What is added to every byte of a row, because the screen takes rows unsigned.
+    pub(super) fn offset(&self) -> u8 {
+        match self.screen {
+            Screen::Bytes if self.isa.path() == Path::Avx512Vnni => 128,
+            Screen::NarrowBytes => narrow::OFFSET,
+            _ => 0,
+        }
     }
 
     /// Words of 32 bits that a row or feature takes in the screen.
     pub(super) fn steps(&self) -> usize {
         match self.screen {
-            Screen::Bytes => self.d.div_ceil(4),
+            Screen::Bytes | Screen::NarrowBytes => self.d.div_ceil(4),
             Screen::Words | Screen::BrainFloats => self.d.div_ceil(2),
             Screen::Floats => 0,
         }
@@ -143,11 +191,12 @@ impl Plan {
     pub(super) fn round(&self, v: &mut [f32], norm: f64, seed: u32, words: &mut [u32]) -> Rounding {
         words.fill(0);
         match self.screen {
-            Screen::Bytes => {
+            Screen::Bytes | Screen::NarrowBytes => {
                 self.rotation.apply(self.isa, v);
                 let dither = (self.certificate == Certificate::Dithered).then_some(seed);
                 let bytes: &mut [u8] = bytemuck::cast_slice_mut(words);
-                let mut rounding = quantize::bytes(self.isa, v, dither, &mut bytes[..self.d]);
+                let limits = if self.screen == Screen::Bytes { Limits::FULL } else { Limits::NARROW };
+                let mut rounding = quantize::bytes(self.isa, v, limits, dither, &mut bytes[..self.d]);
                 let rotated = norm * (self.rotation.rounding() + EPILOGUE);
                 rounding.residual += rotated;
                 rounding.share += rotated;
@@ -167,7 +216,7 @@ impl Plan {
 
     /// Bound on the rounding of a sum of `d` products in f32, per unit of the product of norms.
     pub(super) fn accumulation(&self, floats: bool) -> f64 {
-        if !floats && matches!(self.screen, Screen::Bytes | Screen::Words) {
+        if !floats && matches!(self.screen, Screen::Bytes | Screen::NarrowBytes | Screen::Words) {
             EPILOGUE
         } else {
             EPILOGUE + (self.d + 32) as f64 * 2.0_f64.powi(-24)
@@ -202,6 +251,7 @@ impl Plan {
         use super::{avx2, avx512};
         let kernel = match self.screen {
             Screen::Bytes => avx512::bytes,
+            Screen::NarrowBytes => avx2::narrow_bytes,
             Screen::Words => avx2::words,
             _ => avx512::brain_floats,
         };
@@ -209,8 +259,15 @@ impl Plan {
         unsafe { kernel(strip, &panel.words, lines, &panel.columns, tile) }
     }
 
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    #[allow(unsafe_code)]
+    fn packed_tile(&self, strip: &[u32], panel: &Panel, lines: &Lines, tile: &mut Tile) {
+        // SAFETY: as above; there is one packed screen.
+        unsafe { super::neon::bytes(strip, &panel.words, lines, &panel.columns, tile) }
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     fn packed_tile(&self, _: &[u32], _: &Panel, _: &Lines, _: &mut Tile) {
-        unreachable!("packed screens are chosen on x86-64 alone")
+        unreachable!("this processor has no packed screens")
     }
 }

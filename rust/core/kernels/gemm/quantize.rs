@@ -18,17 +18,32 @@
 //! scaled so that sums of products just fit into 32 bits, they leave out some 1e-4 of a norm.
 
 use super::isa::per_isa;
+use super::narrow;
 
 /// Probability that one dithered inner product leaves its bound.
 pub const FAILURE: f64 = 1e-18;
 
-/// Largest magnitude of a rounded byte.
-const TOP: f32 = 127.0;
 /// Below this no reciprocal of a step is formed.
 const TINY: f32 = 1e-30;
 /// Adding it rounds a float of magnitude below 2^22 to an integer, ties to even, whose last bits are those of the sum:
 /// those of a conversion, which would have to mind numbers out of range.
 const MAGIC: f32 = 12_582_912.0;
+
+/// What bytes keep to.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Largest magnitude. Even: dithering adds up to half a step to the largest element, and a tie goes to the even number.
+    top: f32,
+    /// Largest norm of a part of [`narrow`], where those are bounded.
+    part_norm: Option<f64>,
+}
+
+impl Limits {
+    /// Bytes whose products are added in 32 bits.
+    pub const FULL: Self = Self { top: 126.0, part_norm: None };
+    /// Bytes whose products are added in 16 bits.
+    pub const NARROW: Self = Self { top: narrow::TOP, part_norm: Some(narrow::PART_NORM) };
+}
 
 /// Norm that a vector of words is scaled to, at most. With half a step per element on top it stays below `2^15.5` up to width
 /// [`WIDEST_WORDS`], so that a sum of products, and every part of one, stays below `2^31` by Cauchy–Schwarz.
@@ -93,10 +108,18 @@ fn each<T>(v: &[f32], to: &mut [T], round: &mut impl FnMut(usize, usize, f32) ->
     }
 }
 
+/// A step of at least `grid`, and a factor that never takes a vector beyond what the grid was made for; zeros for no grid.
 #[inline(always)]
-fn bytes_body<const FUSED: bool>(v: &[f32], dither: Option<u32>, to: &mut [u8]) -> Rounding {
+fn steps(grid: f64) -> (f32, f32) {
+    if grid < f64::from(TINY) { (0.0, 0.0) } else { (up(grid), ((1.0 / grid) as f32).next_down()) }
+}
+
+#[inline(always)]
+fn bytes_body<const FUSED: bool>(v: &[f32], limits: Limits, dither: Option<u32>, to: &mut [u8]) -> Rounding {
     let top = largest(v);
-    let (step, inverse) = if top < TINY { (0.0, 0.0) } else { (top / TOP, TOP / top) };
+    let part_norm = limits.part_norm.filter(|_| top >= TINY);
+    let part = part_norm.map_or(0.0, |norm| f64::from(narrow::largest_part(v, top)) / norm);
+    let (step, inverse) = steps(f64::from(top) * part.max(1.0 / f64::from(limits.top)));
     let mut squares = [0.0_f32; 16];
     let mut round = |i: usize, l: usize, v: f32| {
         let shift = dither.map_or(0.0, |seed| noise(i as u32, seed) - 0.5);
@@ -124,16 +147,13 @@ fn noise(i: u32, seed: u32) -> f32 {
 
 per_isa! {
     /// Rounds `v` to signed bytes in two's complement, on a grid that spans its largest element; dithered by a seed.
-    pub fn bytes(v: &[f32], dither: Option<u32>, to: &mut [u8]) -> Rounding = bytes_body;
+    pub fn bytes(v: &[f32], limits: Limits, dither: Option<u32>, to: &mut [u8]) -> Rounding = bytes_body;
 }
 
 #[inline(always)]
 fn words_body<const FUSED: bool>(v: &[f32], norm: f64, to: &mut [i16]) -> Rounding {
     let top = f64::from(largest(v));
-    let grid = (norm / WORD_NORM).max(top / TOP_WORD);
-    // The next float: a step that is too small by its rounding would let the largest element leave the range.
-    let (step, inverse) = if grid < f64::from(TINY) { (0.0, 0.0) } else { (up(grid), (1.0 / grid) as f32) };
-    let inverse = if step > 0.0 { inverse.next_down() } else { inverse };
+    let (step, inverse) = steps((norm / WORD_NORM).max(top / TOP_WORD));
     let mut squares = [0.0_f32; 16];
     let mut round = |_: usize, l: usize, v: f32| {
         let sum = v * inverse + MAGIC;
@@ -196,9 +216,10 @@ mod tests {
     #[test]
     fn bytes_and_step_give_the_vector_back_within_the_residual() {
         let v: Vec<f32> = (0..100).map(|i| ((i * 31) % 47) as f32 - 20.0).collect();
-        for dither in [None, Some(7)] {
+        let limits = [Limits::FULL, Limits::NARROW];
+        for (limits, dither) in limits.into_iter().flat_map(|limits| [(limits, None), (limits, Some(7))]) {
             let mut q = vec![0; v.len()];
-            let r = bytes(Isa::PLAIN, &v, dither, &mut q);
+            let r = bytes(Isa::PLAIN, &v, limits, dither, &mut q);
             let error: f64 = v
                 .iter()
                 .zip(&q)
@@ -251,13 +272,25 @@ mod tests {
         let mut sums = [0.0_f64; 3];
         for seed in 0..20_000 {
             let mut q = [0; 3];
-            let r = bytes(Isa::PLAIN, &v, Some(seed), &mut q);
+            let r = bytes(Isa::PLAIN, &v, Limits::FULL, Some(seed), &mut q);
             for (sum, q) in sums.iter_mut().zip(q) {
                 *sum += f64::from(q.cast_signed()) * f64::from(r.step) / 20_000.0;
             }
         }
         for (sum, v) in sums.iter().zip(v) {
             assert!((sum - f64::from(v)).abs() < 2e-4, "{sum} {v}");
+        }
+    }
+
+    #[test]
+    fn dithering_never_carries_the_largest_element_out_of_the_range_of_a_byte() {
+        let almost_one = (0..20_000_000).filter(|&seed| noise(0, seed) > 1.0 - 2.0_f32.powi(-18)).take(40);
+        for (i, seed) in almost_one.enumerate() {
+            let v = [1.0 + i as f32 / 17.0, -0.3];
+            let mut q = [0; 2];
+            let r = bytes(Isa::PLAIN, &v, Limits::FULL, Some(seed), &mut q);
+            let error = v[0] - f32::from(q[0].cast_signed()) * r.step;
+            assert!(error.abs() <= r.step * 1.001, "{v:?} became {} steps of {}", q[0].cast_signed(), r.step);
         }
     }
 

@@ -64,9 +64,13 @@ impl Plan {
                 up(rounding.share + norm * (self.accumulation(floats) + 2.0_f64.powi(-23)));
             line.norm[i % ROWS] = up(norm + rounding.residual);
             let strip = &mut strips.words[i / ROWS * ROWS * steps..][..ROWS * steps];
-            let flip = if self.screen == Screen::Bytes { 0x8080_8080 } else { 0 };
-            for (step, word) in strips.word.iter().enumerate() {
-                strip[step * ROWS + i % ROWS] = word ^ flip;
+            let offset = self.offset();
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut strips.word);
+            for byte in bytes {
+                *byte = byte.wrapping_add(offset);
+            }
+            for (step, &word) in strips.word.iter().enumerate() {
+                strip[step * ROWS + i % ROWS] = word;
             }
         }
         misfits

@@ -52,7 +52,7 @@ pub struct Columns {
     pub norm: [f32; COLS],
     /// Norm of what rounding took from the feature.
     pub residual: [f32; COLS],
-    /// Sum that undoes the offset of unsigned rows.
+    /// Sum that undoes the offset of unsigned rows, where their products are added in 32 bits.
     pub offset: [i32; COLS],
 }
 
