@@ -30,7 +30,8 @@ const SLICE: usize = 128;
 
 type Sums = [[[i32; LANES]; COLS / LANES]; ROWS];
 
-/// One instance of the micro-kernel. A slice is `$slice` steps, of the panel after `$starts` lines that its registers start from.
+/// One instance of the micro-kernel. A slice has `$slice` steps; in the panel `$starts` lines come before them, which its sums may
+/// start from.
 macro_rules! micro_kernel {
     (
         $(#[$doc:meta])* $name:ident, $products:ident, [$slice:expr, $starts:literal],

@@ -1,7 +1,7 @@
 //! Bytes whose products add up in 16 bits: what gives processors without a byte dot product its rate.
 //!
 //! VPMADDUBSW multiplies unsigned bytes of rows by signed bytes of features and adds two products: twice the multiplications of
-//! VPMADDWD. Its sums of two saturate at 16 bits, and so do not exist of full bytes; here nothing is ever lost:
+//! VPMADDWD. Those sums of two saturate at 16 bits, so that of full bytes they are not exact. Here they are:
 //!
 //! 1. bytes `q` of magnitude up to [`TOP`] keep a sum of two products of `q + TOP` with a feature's bytes within 16 bits;
 //! 2. such sums are added modulo 2^16, whatever they grow to, from a start that cancels the offset: `−TOP Σ w` over the lane's

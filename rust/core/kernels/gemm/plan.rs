@@ -65,7 +65,7 @@ pub enum Certificate {
 
 /// Width up to which byte sums fit into 32 bits: `65536 · 255 · 128 < 2^31`.
 const WIDEST_BYTES: usize = 65_536;
-/// Width up to which the deterministic byte screen leaves fewer candidates than it saves over bf16.
+/// Width up to which the deterministic byte screen leaves fewer candidates than it saves over bf16 or words.
 const WIDEST_CERTAIN_BYTES: usize = 1_536;
 /// Width from which the narrow screen saves more than scoring its candidates costs.
 const NARROWEST_NARROW: usize = 320;
