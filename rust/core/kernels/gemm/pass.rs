@@ -35,6 +35,8 @@ pub(super) struct Bench {
     /// Candidates of each row with their second bounds.
     refined: Vec<Waiting>,
     pairs: Pairs,
+    /// Features on their way from candidates to pairs.
+    taken: Vec<u32>,
 }
 
 /// One screen over all features for one block of rows.
@@ -114,7 +116,8 @@ impl Pass<'_> {
             self.bound_or_score_listed(k);
             let bench = &mut *self.bench;
             for (refined, row) in bench.refined.iter_mut().zip(0..) {
-                refined.take_reaching(f32::NEG_INFINITY, |feature| bench.pairs.listed.push((feature, row)));
+                refined.take_reaching(self.dictionary.plan.isa(), f32::NEG_INFINITY, &mut bench.taken);
+                bench.pairs.listed.extend(bench.taken.iter().map(|&feature| (feature, row)));
             }
         }
         self.score_listed();
@@ -227,7 +230,7 @@ impl Pass<'_> {
         }
         let gap = self.bench.halves.gap(self.dictionary.largest_half_slack, row);
         let bar = self.dictionary.bar(f64::from(refined.threshold(self.dictionary.plan.isa(), k)) - gap);
-        refined.drop_below(bar);
+        refined.drop_below(self.dictionary.plan.isa(), bar);
         self.drop_below(row, bar);
     }
 
@@ -250,8 +253,10 @@ impl Pass<'_> {
 
     /// Moves the candidates of a row that reach `bar` to the pairs to be scored.
     fn list(&mut self, row: usize, bar: f32) {
-        let Bench { candidates, pairs, .. } = &mut *self.bench;
-        candidates[row].take_reaching(bar, |feature| pairs.listed.push((feature, row as u32)));
+        let isa = self.isa();
+        let Bench { candidates, pairs, taken, .. } = &mut *self.bench;
+        candidates[row].take_reaching(isa, bar, taken);
+        pairs.listed.extend(taken.iter().map(|&feature| (feature, row as u32)));
     }
 
     /// Scores the candidates of one row that reach `bar`, and removes them.
@@ -259,11 +264,13 @@ impl Pass<'_> {
         let (dictionary, wanted, found) = (self.dictionary, self.wanted, &mut self.found[row]);
         let d = dictionary.plan.d();
         let x = &self.x[row * d..(row + 1) * d];
-        self.bench.candidates[row].take_reaching(bar, |feature| {
+        let taken = &mut self.bench.taken;
+        self.bench.candidates[row].take_reaching(dictionary.plan.isa(), bar, taken);
+        for &feature in &*taken {
             let product = dot(dictionary.plan.isa(), x, dictionary.feature(feature as usize));
             found.extend(dictionary.admit(feature as usize, product, wanted));
-            self.effort.scored += 1;
-        });
+        }
+        self.effort.scored += taken.len() as u64;
     }
 
     /// Scores the listed pairs, feature by feature.
@@ -311,7 +318,8 @@ impl Pass<'_> {
 
     /// Sets the threshold of a row, unless it is higher already, and drops the candidates below it.
     fn drop_below(&mut self, row: usize, bar: f32) {
-        self.bench.candidates[row].drop_below(bar);
+        let isa = self.isa();
+        self.bench.candidates[row].drop_below(isa, bar);
         let current = self.bench.strips.lines[row / ROWS].threshold[row % ROWS];
         self.set_bar(row, bar.max(current));
     }

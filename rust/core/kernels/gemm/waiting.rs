@@ -6,6 +6,8 @@
 
 #![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
 
+#[cfg(target_arch = "x86_64")]
+use super::isa::Path;
 use super::isa::{Isa, per_isa};
 use super::tile::COLS;
 use crate::kernels::sieve::{key, score_of};
@@ -97,32 +99,54 @@ impl Waiting {
     }
 
     /// Drops the candidates below `bar`.
-    pub(super) fn drop_below(&mut self, bar: f32) {
-        self.retain(|upper, _| reaches(upper, bar));
+    pub(super) fn drop_below(&mut self, isa: Isa, bar: f32) {
+        self.sift::<true>(isa, bar, &mut Vec::new());
     }
 
-    /// Removes the candidates that reach `bar`, and hands their features to `take`.
-    pub(super) fn take_reaching(&mut self, bar: f32, mut take: impl FnMut(u32)) {
-        self.retain(|upper, feature| {
-            let taken = reaches(upper, bar);
-            if taken {
-                take(feature);
-            }
-            !taken
-        });
+    /// Moves the features of the candidates that reach `bar` to `taken`, which it clears first.
+    pub(super) fn take_reaching(&mut self, isa: Isa, bar: f32, taken: &mut Vec<u32>) {
+        taken.resize(self.len.max(taken.len()), 0);
+        let n_taken = self.sift::<false>(isa, bar, taken);
+        taken.truncate(n_taken);
     }
 
+    /// Keeps the candidates that reach `bar`, or the others; then writes the features of those that do to `taken`, and says how
+    /// many they are.
+    ///
     /// Every candidate is written, and the next one over those that do not stay: no branch that could be mispredicted.
-    fn retain(&mut self, mut stays: impl FnMut(f32, u32) -> bool) {
+    fn sift<const REACHING_STAY: bool>(&mut self, isa: Isa, bar: f32, taken: &mut [u32]) -> usize {
         let (upper, feature) = (&mut self.upper[..self.len], &mut self.feature[..self.len]);
-        let mut kept = 0;
-        for i in 0..upper.len() {
-            let (bound, j) = (upper[i], feature[i]);
+        let (done, mut kept, mut n_taken) = sift_registers::<REACHING_STAY>(isa, upper, feature, bar, taken);
+        for i in done..upper.len() {
+            let (bound, j, reaching) = (upper[i], feature[i], reaches(upper[i], bar));
             (upper[kept], feature[kept]) = (bound, j);
-            kept += usize::from(stays(bound, j));
+            kept += usize::from(reaching == REACHING_STAY);
+            if !REACHING_STAY {
+                taken[n_taken] = j;
+                n_taken += usize::from(reaching);
+            }
         }
         self.len = kept;
+        n_taken
     }
+}
+
+/// [`Waiting::sift`] of the candidates that fill whole registers, where there is a kernel: how many those are, how many of them
+/// stay, and how many were taken.
+fn sift_registers<const REACHING_STAY: bool>(
+    isa: Isa,
+    upper: &mut [f32],
+    feature: &mut [u32],
+    bar: f32,
+    taken: &mut [u32],
+) -> (usize, usize, usize) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.path() >= Path::Avx2 {
+        // SAFETY: every path from this one on has its instructions.
+        #[allow(unsafe_code)]
+        return unsafe { super::avx2::sift::<REACHING_STAY>(upper, feature, bar, taken) };
+    }
+    (0, 0, 0)
 }
 
 /// Whether a candidate stays; a bound that is not a number bounds nothing, so it does.
@@ -214,10 +238,35 @@ mod tests {
             let mut waiting = waiting(&upper);
             assert_eq!([1, 2, 3, 5].map(|k| waiting.threshold(isa, k)), [f32::MAX, 2.0, 1.0, 1.0]);
             assert_eq!([6, 7, 8].map(|k| waiting.threshold(isa, k)), [0.0, 0.0, f32::NEG_INFINITY]);
-            waiting.drop_below(1.0);
-            let mut taken = Vec::new();
-            waiting.take_reaching(2.0, |feature| taken.push(feature));
+            waiting.drop_below(isa, 1.0);
+            let mut taken = vec![9];
+            waiting.take_reaching(isa, 2.0, &mut taken);
             assert_eq!((taken, &waiting.feature[..waiting.len]), (vec![0, 1, 6, 7], &[2, 3, 8][..]));
+        }
+    }
+
+    #[test]
+    fn what_reaches_a_bar_is_kept_or_taken_in_order_whatever_the_number_of_candidates() {
+        for (isa, n) in Isa::available().flat_map(|isa| [0, 1, 7, 8, 9, 64, 301].map(|n| (isa, n))) {
+            let upper: Vec<f32> = (0..n).map(|i| (i * 37 % 101) as f32).collect();
+            let of = |wanted: &dyn Fn(f32) -> bool| -> Vec<u32> {
+                upper
+                    .iter()
+                    .zip(0..)
+                    .filter(|(upper, _)| wanted(**upper))
+                    .map(|(_, feature)| feature)
+                    .collect()
+            };
+            for bar in [0.0, 50.0, 100.0, f32::INFINITY, f32::NEG_INFINITY] {
+                let (mut kept, mut rest, mut taken) = (waiting(&upper), waiting(&upper), Vec::new());
+                kept.drop_below(isa, bar);
+                rest.take_reaching(isa, bar, &mut taken);
+                let (above, below) = (of(&|upper| upper >= bar), of(&|upper| upper < bar));
+                assert_eq!((&kept.feature[..kept.len], &taken), (&above[..], &above), "{isa:?} {n} {bar}");
+                assert_eq!(rest.feature[..rest.len], below[..], "{isa:?} {n} {bar}");
+                let bounds: Vec<f32> = below.iter().map(|&feature| upper[feature as usize]).collect();
+                assert_eq!(rest.bounds(), bounds);
+            }
         }
     }
 
