@@ -1,4 +1,4 @@
-"""Cosines between dictionaries against torch: same index, and exact best matches.
+"""Cosines between dictionaries against torch and SimSIMD: same index, and exact best matches.
 
     python benches/python/bench_cosine.py
 
@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import simsimd
 import timing
 import torch
 
@@ -39,6 +40,10 @@ def torch_same_index(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(a, b)
 
 
+def simsimd_same_index(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return 1.0 - np.asarray(simsimd.cosine(a, b))
+
+
 def rows() -> list[dict[str, Any]]:
     """The table of this file."""
     timing.refuse_debug()
@@ -65,16 +70,13 @@ def rows() -> list[dict[str, Any]]:
             )
         )
     a, b = dictionaries(int(65536 * timing.SCALE), 512, 0.5)
-    table.append(
-        timing.compare(
-            "decoder_cosine",
-            f"{len(a)} x 512",
-            "torch cosine (f32)",
-            partial(mt.decoder_cosine, a, b),
-            partial(torch_same_index, a, b),
-            atol=1e-5,
-        )
-    )
+    ours, shape = partial(mt.decoder_cosine, a, b), f"{len(a)} x 512"
+    peers = {
+        "torch cosine (f32)": partial(torch_same_index, a, b),
+        "SimSIMD cosine (f32)": partial(simsimd_same_index, a.numpy(), b.numpy()),
+    }
+    for peer, theirs in peers.items():
+        table.append(timing.compare("decoder_cosine", shape, peer, ours, theirs, atol=1e-5))
     return table
 
 

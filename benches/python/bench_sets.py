@@ -1,4 +1,4 @@
-"""Circuit sets against NumPy booleans, and the exact chance level against sampling.
+"""Circuit sets against NumPy booleans and SimSIMD, and the exact chance level against sampling.
 
     python benches/python/bench_sets.py
 
@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import simsimd
 import timing
 
 import microtome as mt
@@ -21,6 +22,11 @@ DRAWS = 1000
 
 def numpy_iou(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.logical_and(a, b).sum() / np.logical_or(a, b).sum())
+
+
+def simsimd_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Of packed bits."""
+    return 1.0 - float(simsimd.jaccard(a, b, "bin8"))
 
 
 def numpy_top_n(scores: np.ndarray, n: int) -> np.ndarray:
@@ -46,17 +52,13 @@ def rows() -> list[dict[str, Any]]:
     scores = rng.random(n, dtype=np.float32)
     mask_a, mask_b = scores > 0.93, rng.random(n, dtype=np.float32) > 0.85
     a, b = Bitset.from_mask(mask_a), Bitset.from_mask(mask_b)
+    name, shape, ours = "Bitset.iou", f"{n:.0e} nodes", partial(a.iou, b)
+    numpy, packed = partial(numpy_iou, mask_a, mask_b), (np.packbits(mask_a), np.packbits(mask_b))
     table = [
+        timing.compare(name, shape, "numpy bool", ours, numpy, inner=5, bar=20, atol=1e-12),
         timing.compare(
-            "Bitset.iou",
-            f"{n:.0e} nodes",
-            "numpy bool",
-            partial(a.iou, b),
-            partial(numpy_iou, mask_a, mask_b),
-            inner=5,
-            bar=20,
-            atol=1e-12,
-        )
+            name, shape, "SimSIMD jaccard", ours, partial(simsimd_iou, *packed), inner=5, atol=1e-12
+        ),
     ]
     wanted = n // 100 * 7
     ours, theirs = partial(top_n, scores, wanted), partial(numpy_top_n, scores, wanted)

@@ -10,7 +10,8 @@ pub fn words(n: usize) -> usize {
     n.div_ceil(64)
 }
 
-/// Compiles `$body`, safe and inlined, with and without vector popcounts, and picks at run time.
+/// Compiles `$body`, safe and inlined, with vector popcounts, with AVX2, whose shuffles count the bits of 32 bytes at a time, and
+/// with scalar popcounts; picks at run time.
 macro_rules! with_popcount {
     ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),*) -> $ret:ty = $body:ident) => {
         $(#[$doc])*
@@ -19,6 +20,10 @@ macro_rules! with_popcount {
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vpopcntdq,popcnt")]
                 fn vector($($arg: $ty),*) -> $ret {
+                    $body($($arg),*)
+                }
+                #[target_feature(enable = "avx2,popcnt")]
+                fn shuffled($($arg: $ty),*) -> $ret {
                     $body($($arg),*)
                 }
                 #[target_feature(enable = "popcnt")]
@@ -30,6 +35,10 @@ macro_rules! with_popcount {
                 {
                     // SAFETY: the features are there.
                     return unsafe { vector($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("popcnt") {
+                    // SAFETY: the features are there.
+                    return unsafe { shuffled($($arg),*) };
                 }
                 if is_x86_feature_detected!("popcnt") {
                     // SAFETY: the feature is there.

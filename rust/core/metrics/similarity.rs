@@ -4,6 +4,7 @@
 //! screen before it and `f64` behind it (see [`gemm`](crate::kernels::gemm)), so the result is that of ranking all pairs in
 //! `f64`, ties to the lower row.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use crate::kernels::cosine::dots;
 use crate::kernels::gemm::tile::COLS;
 use crate::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
 use crate::kernels::topk::Scored;
-use crate::rows::Rows;
+use crate::rows::{Data, Rows};
 use crate::scan::{Context, fill_pieces, grid, map_ordered, map_ordered_with, spread};
 
 /// Rows per task where every row is one cosine.
@@ -145,10 +146,14 @@ fn zeros(lengths: &[f64]) -> Vec<usize> {
     (0..lengths.len()).filter(|&i| lengths[i] == 0.0).collect()
 }
 
-fn widened(rows: Rows<'_>, range: Range<usize>) -> Vec<f32> {
+/// Rows in f32, copied where they are not.
+fn widened(rows: Rows<'_>, range: Range<usize>) -> Cow<'_, [f32]> {
+    if let Data::F32(values) = rows.slice(range.clone()).data() {
+        return Cow::Borrowed(values);
+    }
     let mut out = vec![0.0; range.len() * rows.d()];
     rows.widen(range, &mut out);
-    out
+    Cow::Owned(out)
 }
 
 /// Lengths of all rows.
