@@ -10,11 +10,10 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m256, __m256i, _CMP_NLT_UQ, _mm_loadl_epi64, _mm256_add_epi16, _mm256_add_epi32, _mm256_cmp_ps,
-    _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_movemask_ps, _mm256_mul_ps, _mm256_permutevar8x32_epi32,
-    _mm256_permutevar8x32_ps, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_si256,
-    _mm256_storeu_ps, _mm256_storeu_si256,
+    __m256, __m256i, _CMP_NLT_UQ, _mm256_add_epi16, _mm256_add_epi32, _mm256_cmp_ps, _mm256_cvtepi32_ps,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
+    _mm256_movemask_ps, _mm256_mul_ps, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_si256, _mm256_storeu_ps, _mm256_storeu_si256,
 };
 
 use super::narrow;
@@ -142,68 +141,6 @@ fn bounds(sums: &Sums, lines: &Lines, columns: &Columns, tile: &mut Tile) {
             store(&mut tile.upper[r].as_chunks_mut::<LANES>().0[v], upper);
         }
     }
-}
-
-/// For every set of lanes of a register, given by its bits, the lanes in it, one after the other.
-static MEMBERS: [[u8; LANES]; 1 << LANES] = {
-    let mut members = [[0; LANES]; 1 << LANES];
-    let mut set = 0;
-    while set < members.len() {
-        let (mut rest, mut place) = (set, 0);
-        while rest > 0 {
-            members[set][place] = rest.trailing_zeros() as u8;
-            rest &= rest - 1;
-            place += 1;
-        }
-        set += 1;
-    }
-    members
-};
-
-/// See [`super::waiting`]: a register of candidates at a time, as far as whole registers go; says how many were read and how
-/// many of them stay. `taken` has room for as many features as there are, and gets those that do not stay after its first
-/// `n_taken`, which is raised by their number.
-///
-/// # Safety
-/// The processor has the target features of this function.
-#[target_feature(enable = "avx2")]
-pub unsafe fn sift<const REACHING_STAY: bool>(
-    upper: &mut [f32],
-    feature: &mut [u32],
-    bar: f32,
-    taken: &mut [u32],
-) -> (usize, usize, usize) {
-    let whole = upper.len() / LANES * LANES;
-    assert!(feature.len() >= whole && (REACHING_STAY || taken.len() >= whole));
-    let (mut kept, mut n_taken) = (0, 0);
-    for i in (0..whole).step_by(LANES) {
-        // SAFETY: a register is read at `i` and stored at `kept` and `n_taken`, which are at most `i`; the arrays hold `whole`.
-        unsafe {
-            let bounds = _mm256_loadu_ps(upper.as_ptr().add(i));
-            let features = _mm256_loadu_si256(feature.as_ptr().add(i).cast());
-            // Not less than: what is not a number counts as reaching.
-            let reach = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(bounds, _mm256_set1_ps(bar))) as u8;
-            let stay = if REACHING_STAY { reach } else { !reach };
-            let order = members(stay);
-            _mm256_storeu_ps(upper.as_mut_ptr().add(kept), _mm256_permutevar8x32_ps(bounds, order));
-            let front = _mm256_permutevar8x32_epi32(features, order);
-            _mm256_storeu_si256(feature.as_mut_ptr().add(kept).cast(), front);
-            kept += stay.count_ones() as usize;
-            if !REACHING_STAY {
-                let front = _mm256_permutevar8x32_epi32(features, members(reach));
-                _mm256_storeu_si256(taken.as_mut_ptr().add(n_taken).cast(), front);
-                n_taken += reach.count_ones() as usize;
-            }
-        }
-    }
-    (whole, kept, n_taken)
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn members(set: u8) -> __m256i {
-    // SAFETY: eight bytes are read where eight are.
-    _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(MEMBERS[usize::from(set)].as_ptr().cast()) })
 }
 
 #[inline]

@@ -49,6 +49,7 @@ pub mod plan;
 pub mod quantize;
 pub mod rotate;
 pub mod select;
+mod sift;
 pub mod strips;
 pub mod tile;
 mod waiting;

@@ -6,9 +6,8 @@
 
 #![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
 
-#[cfg(target_arch = "x86_64")]
-use super::isa::Path;
 use super::isa::{Isa, per_isa};
+use super::sift::sift;
 use super::tile::COLS;
 use crate::kernels::sieve::{key, score_of};
 
@@ -100,53 +99,18 @@ impl Waiting {
 
     /// Drops the candidates below `bar`.
     pub(super) fn drop_below(&mut self, isa: Isa, bar: f32) {
-        self.sift::<true>(isa, bar, &mut Vec::new());
-    }
-
-    /// Moves the features of the candidates that reach `bar` to `taken`, which it clears first.
-    pub(super) fn take_reaching(&mut self, isa: Isa, bar: f32, taken: &mut Vec<u32>) {
-        taken.resize(self.len.max(taken.len()), 0);
-        let n_taken = self.sift::<false>(isa, bar, taken);
-        taken.truncate(n_taken);
-    }
-
-    /// Keeps the candidates that reach `bar`, or the others; then writes the features of those that do to `taken`, and says how
-    /// many they are.
-    ///
-    /// Every candidate is written, and the next one over those that do not stay: no branch that could be mispredicted.
-    fn sift<const REACHING_STAY: bool>(&mut self, isa: Isa, bar: f32, taken: &mut [u32]) -> usize {
         let (upper, feature) = (&mut self.upper[..self.len], &mut self.feature[..self.len]);
-        let (done, mut kept, mut n_taken) = sift_registers::<REACHING_STAY>(isa, upper, feature, bar, taken);
-        for i in done..upper.len() {
-            let (bound, j, reaching) = (upper[i], feature[i], reaches(upper[i], bar));
-            (upper[kept], feature[kept]) = (bound, j);
-            kept += usize::from(reaching == REACHING_STAY);
-            if !REACHING_STAY {
-                taken[n_taken] = j;
-                n_taken += usize::from(reaching);
-            }
-        }
-        self.len = kept;
-        n_taken
+        self.len = sift::<true>(isa, upper, feature, bar, &mut []).kept;
     }
-}
 
-/// [`Waiting::sift`] of the candidates that fill whole registers, where there is a kernel: how many those are, how many of them
-/// stay, and how many were taken.
-fn sift_registers<const REACHING_STAY: bool>(
-    isa: Isa,
-    upper: &mut [f32],
-    feature: &mut [u32],
-    bar: f32,
-    taken: &mut [u32],
-) -> (usize, usize, usize) {
-    #[cfg(target_arch = "x86_64")]
-    if isa.path() >= Path::Avx2 {
-        // SAFETY: every path from this one on has its instructions.
-        #[allow(unsafe_code)]
-        return unsafe { super::avx2::sift::<REACHING_STAY>(upper, feature, bar, taken) };
+    /// Moves the features of the candidates that reach `bar` to `taken`, whose former contents are lost.
+    pub(super) fn take_reaching(&mut self, isa: Isa, bar: f32, taken: &mut Vec<u32>) {
+        taken.resize(self.len, 0);
+        let (upper, feature) = (&mut self.upper[..self.len], &mut self.feature[..self.len]);
+        let sifted = sift::<false>(isa, upper, feature, bar, taken);
+        taken.truncate(sifted.taken);
+        self.len = sifted.kept;
     }
-    (0, 0, 0)
 }
 
 /// Whether a candidate stays; a bound that is not a number bounds nothing, so it does.
