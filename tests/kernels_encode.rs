@@ -161,6 +161,21 @@ fn zeros_denormals_and_huge_values_are_ranked_right() {
 }
 
 #[test]
+fn a_row_of_zeros_fires_where_its_biases_are_the_least_that_f32_holds() {
+    // The rank, half of such a bias, lies below every positive f32.
+    let (d, least) = (8, f64::from(f32::from_bits(1)));
+    for plan in plans(d, Certificate::Deterministic) {
+        let terms = Terms { bias: [least; 32], weight: [0.5; 32], ..Terms::default() };
+        let dictionary = Dictionary::new(plan.clone(), vec![plan.panel(0, noise(32 * d, 21), &terms)]);
+        let mut space = Space::default();
+        for wanted in [Wanted::Best { k: 40, positive: true }, Wanted::Above] {
+            dictionary.select(&vec![0.0; d], wanted, &mut space);
+            assert_eq!(space.found(0).len(), 32, "{:?} {:?} {wanted:?}", plan.isa(), plan.screen());
+        }
+    }
+}
+
+#[test]
 fn outlier_dimensions_a_thousand_times_the_rest_stay_exact() {
     let (d, f) = (256, 2000);
     let mut x = noise(30 * d, 10);

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::dot::{Group, dot, dots_of, half_dots_of};
 use super::isa::Isa;
 use super::pairs::Pairs;
+use super::quantize::up;
 use super::select::{Dictionary, Effort, Wanted, Watch, finish};
 use super::strips::{Halves, Strips};
 use super::tile::{COLS, ROWS, Tile};
@@ -213,7 +214,7 @@ impl Pass<'_> {
             for (&row, &sum) in group.rows.iter().zip(&pairs.half_products) {
                 let (panel, row) = (&dictionary.panels[feature / COLS], row as usize);
                 let upper = panel.refined(feature % COLS, &bench.halves, row, sum);
-                if reaches(upper, bench.strips.lines[row / ROWS].threshold[row % ROWS]) {
+                if reaches(upper, bench.strips.bar(row)) {
                     bench.refined[row].push(upper, feature as u32);
                 }
             }
@@ -291,8 +292,10 @@ impl Pass<'_> {
             dots_of(dictionary.plan.isa(), group, self.x, &mut pairs.products);
             for (&row, &product) in group.rows.iter().zip(&pairs.products) {
                 let (row, found) = (row as usize, &mut self.found[row as usize]);
-                let bar = f64::from(self.bench.strips.lines[row / ROWS].threshold[row % ROWS]);
-                found.extend(dictionary.admit(feature, product, self.wanted).filter(|s| s.rank >= bar));
+                let bar = self.bench.strips.bar(row);
+                // A bar is one of upper bounds: of a rank between two f32 the upper one counts.
+                let scored = dictionary.admit(feature, product, self.wanted);
+                found.extend(scored.filter(|scored| reaches(up(scored.rank), bar)));
                 if let Wanted::Best { k, .. } = self.wanted
                     && found.len() >= SCORES_PER_MEMBER * k
                 {
@@ -320,8 +323,7 @@ impl Pass<'_> {
     fn drop_below(&mut self, row: usize, bar: f32) {
         let isa = self.isa();
         self.bench.candidates[row].drop_below(isa, bar);
-        let current = self.bench.strips.lines[row / ROWS].threshold[row % ROWS];
-        self.set_bar(row, bar.max(current));
+        self.set_bar(row, bar.max(self.bench.strips.bar(row)));
     }
 
     fn isa(&self) -> Isa {

@@ -17,6 +17,13 @@ pub struct Strips {
     word: Vec<u32>,
 }
 
+impl Strips {
+    /// What the upper bound of a score of row `row` must reach.
+    pub(super) fn bar(&self, row: usize) -> f32 {
+        self.lines[row / ROWS].threshold[row % ROWS]
+    }
+}
+
 /// Rows in bf16 for the second bounds.
 #[derive(Debug, Default)]
 pub(super) struct Halves {
