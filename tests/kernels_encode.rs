@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use microtome_core::kernels::gemm::isa::VARIABLE;
-use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Screen, Space, Terms, Wanted};
+use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
 use microtome_core::metrics::encode::{Activation, Weights};
 use microtome_core::scan::Context;
 use microtome_core::scan::encode::{Codes, encode, pack};
@@ -28,15 +28,6 @@ fn best(x: &[f32], features: &[f32], k: usize, positive: bool) -> Vec<u32> {
     order
 }
 
-/// The plans of every path for width `d`: with the screen that it would choose, and with every other that it has.
-fn plans(d: usize, certificate: Certificate) -> Vec<Plan> {
-    let plans = |isa| {
-        let forced = move |screen| Plan::with_screen(isa, screen, d, certificate, None);
-        std::iter::once(Plan::with_isa(isa, d, certificate, None)).chain(Screen::available(isa).map(forced))
-    };
-    Isa::available().flat_map(plans).collect()
-}
-
 fn dictionary(plan: &Plan, features: &[f32]) -> Dictionary {
     let d = plan.d();
     let panels =
@@ -47,7 +38,7 @@ fn dictionary(plan: &Plan, features: &[f32]) -> Dictionary {
 fn check(x: &[f32], features: &[f32], d: usize, k: usize) {
     for (certificate, positive) in [(Certificate::Deterministic, true), (Certificate::Dithered, false)] {
         let expected: Vec<_> = x.chunks(d).map(|row| best(row, features, k, positive)).collect();
-        for plan in plans(d, certificate) {
+        for plan in Plan::every(d, certificate, None) {
             let mut space = Space::default();
             dictionary(&plan, features).select(x, Wanted::Best { k, positive }, &mut space);
             for (i, expected) in expected.iter().enumerate() {
@@ -71,7 +62,9 @@ fn check_weighted(x: &[f32], features: &[f32], d: usize, k: usize) {
         ranks.iter().take(k).map(|r| r.1).collect::<Vec<u32>>()
     };
     let expected: Vec<_> = x.chunks(d).map(expected).collect();
-    for plan in [Certificate::Deterministic, Certificate::Dithered].into_iter().flat_map(|c| plans(d, c)) {
+    for plan in
+        [Certificate::Deterministic, Certificate::Dithered].into_iter().flat_map(|c| Plan::every(d, c, None))
+    {
         let panels = features.chunks(32 * d).enumerate().map(|(p, rows)| {
             let weight = std::array::from_fn(|c| weight(p * 32 + c));
             plan.panel(p, rows.to_vec(), &Terms { weight, ..Terms::default() })
@@ -149,7 +142,7 @@ fn zeros_denormals_and_huge_values_are_ranked_right() {
     let w = noise(f * d, 8);
     for scale in [0.0, 1e-42, 1e-30, 1e30] {
         let x: Vec<f32> = noise(14 * d, 9).into_iter().map(|v| v * scale).collect();
-        for plan in plans(d, Certificate::Deterministic) {
+        for plan in Plan::every(d, Certificate::Deterministic, None) {
             let mut space = Space::default();
             dictionary(&plan, &w).select(&x, Wanted::Best { k: 5, positive: false }, &mut space);
             for (i, row) in x.chunks(d).enumerate() {
@@ -164,7 +157,7 @@ fn zeros_denormals_and_huge_values_are_ranked_right() {
 fn a_row_of_zeros_fires_where_its_biases_are_the_least_that_f32_holds() {
     // The rank, half of such a bias, lies below every positive f32.
     let (d, least) = (8, f64::from(f32::from_bits(1)));
-    for plan in plans(d, Certificate::Deterministic) {
+    for plan in Plan::every(d, Certificate::Deterministic, None) {
         let terms = Terms { bias: [least; 32], weight: [0.5; 32], ..Terms::default() };
         let dictionary = Dictionary::new(plan.clone(), vec![plan.panel(0, noise(32 * d, 21), &terms)]);
         let mut space = Space::default();

@@ -114,6 +114,19 @@ impl<'a> Rows<'a> {
         Self { data, n: range.len(), d: self.d }
     }
 
+    /// The rows as `f32`: where they lie, or written into `buffer` where they are of another type.
+    pub fn floats<'b>(&self, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        if let Data::F32(values) = self.data {
+            return values;
+        }
+        buffer.resize(self.data.len(), 0.0);
+        self.widen(0..self.n, buffer);
+        buffer
+    }
+
     /// Writes the rows of `range` into `out` as `f32`; `out` holds `range.len() * d` elements.
     pub fn widen(&self, range: Range<usize>, out: &mut [f32]) {
         with_elements!(self.slice(range).data, s => Element::widen_slice(s, out));

@@ -2,18 +2,13 @@
 
 #![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
 
+use super::gemm::dot::fused;
 use super::gemm::isa::per_isa;
 
 /// Partial sums of each of the [`dots`]; part of the definition of their last bits.
 const LANES: usize = 32;
 /// Lanes that are added in one reading of the rows: those of all three sums fit the registers of 256-bit processors.
 const HALF: usize = LANES / 2;
-
-/// `a * b + c`. A product of two `f32` is exact in `f64`, so fusing it with the addition changes nothing.
-#[inline(always)]
-fn fused<const FUSED: bool>(a: f64, b: f64, c: f64) -> f64 {
-    if FUSED { a.mul_add(b, c) } else { a * b + c }
-}
 
 #[inline(always)]
 fn dots_body<const FUSED: bool>(a: &[f32], b: &[f32]) -> (f64, f64, f64) {

@@ -219,13 +219,7 @@ impl Encoder {
     }
 
     fn select(&self, rows: Rows<'_>, first_row: usize, wanted: Wanted, work: &mut Workspace) -> Result<()> {
-        let x = if let Data::F32(x) = rows.data() {
-            x
-        } else {
-            work.x.resize(rows.n() * rows.d(), 0.0);
-            rows.widen(0..rows.n(), &mut work.x);
-            &work.x
-        };
+        let x = rows.floats(&mut work.x);
         check_rows(x, rows.d(), first_row)?;
         self.dictionary.select(x, wanted, &mut work.space);
         Ok(())

@@ -4,7 +4,6 @@
 //! screen before it and `f64` behind it (see [`gemm`](crate::kernels::gemm)), so the result is that of ranking all pairs in
 //! `f64`, ties to the lower row.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
@@ -12,7 +11,7 @@ use crate::kernels::cosine::dots;
 use crate::kernels::gemm::tile::COLS;
 use crate::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
 use crate::kernels::topk::Scored;
-use crate::rows::{Data, Rows};
+use crate::rows::Rows;
 use crate::scan::{Context, fill_pieces, grid, map_ordered, map_ordered_with, spread};
 
 /// Rows per task where every row is one cosine.
@@ -48,7 +47,8 @@ pub fn row_cosines(a: Rows<'_>, b: Rows<'_>, names: [&str; 2], context: &Context
     let mut out = vec![0.0; a.n()];
     fill_pieces(&mut out, BLOCK_ROWS, context, |i, piece| {
         let range = i * BLOCK_ROWS..i * BLOCK_ROWS + piece.len();
-        let (x, y) = (widened(a, range.clone()), widened(b, range.clone()));
+        let (mut of_a, mut of_b) = (Vec::new(), Vec::new());
+        let (x, y) = (a.slice(range.clone()).floats(&mut of_a), b.slice(range.clone()).floats(&mut of_b));
         for (j, (value, (x, y))) in piece.iter_mut().zip(x.chunks(a.d()).zip(y.chunks(b.d()))).enumerate() {
             let (ab, aa, bb) = dots(isa, x, y);
             check(names[0], aa, x, range.start + j)?;
@@ -136,7 +136,7 @@ fn search(dictionary: &Dictionary, a: Rows<'_>, k: usize, context: &Context<'_>)
     let blocks: Vec<Range<usize>> = grid(a.n(), spread(a.n(), MATCH_ROWS)).collect();
     let wanted = Wanted::Best { k: k.min(dictionary.n_features()), positive: false };
     let found = map_ordered_with(&blocks, context, Space::default, |space, range| {
-        dictionary.select(&widened(a, range.clone()), wanted, space);
+        dictionary.select(a.slice(range.clone()).floats(&mut Vec::new()), wanted, space);
         Ok((0..range.len()).map(|i| space.found(i).to_vec()).collect::<Vec<_>>())
     })?;
     Ok(found.into_iter().flatten().collect())
@@ -146,21 +146,12 @@ fn zeros(lengths: &[f64]) -> Vec<usize> {
     (0..lengths.len()).filter(|&i| lengths[i] == 0.0).collect()
 }
 
-/// Rows in f32, copied where they are not.
-fn widened(rows: Rows<'_>, range: Range<usize>) -> Cow<'_, [f32]> {
-    if let Data::F32(values) = rows.slice(range.clone()).data() {
-        return Cow::Borrowed(values);
-    }
-    let mut out = vec![0.0; range.len() * rows.d()];
-    rows.widen(range, &mut out);
-    Cow::Owned(out)
-}
-
 /// Lengths of all rows.
 fn lengths(isa: Isa, rows: Rows<'_>, name: &str, context: &Context<'_>) -> Result<Vec<f64>> {
     let blocks: Vec<Range<usize>> = grid(rows.n(), BLOCK_ROWS).collect();
     let parts = map_ordered(&blocks, context, |range| {
-        let values = widened(rows, range.clone());
+        let mut buffer = Vec::new();
+        let values = rows.slice(range.clone()).floats(&mut buffer);
         let lengths = values.chunks(rows.d()).enumerate().map(|(i, row)| {
             let squared = dots(isa, row, row).0;
             check(name, squared, row, range.start + i)?;

@@ -115,8 +115,8 @@ micro_kernel!(
     |done| _mm256_madd_epi16(done, _mm256_set1_epi16(1))
 );
 
-/// A register's share of a line of a panel.
-fn part(line: &[u32; COLS], at: usize) -> &[u32; LANES] {
+/// What a register holds of a number for each feature of a panel.
+fn part<T>(line: &[T; COLS], at: usize) -> &[T; LANES] {
     &line.as_chunks::<LANES>().0[at]
 }
 
@@ -127,7 +127,7 @@ fn part(line: &[u32; COLS], at: usize) -> &[u32; LANES] {
 fn bounds(sums: &Sums, lines: &Lines, columns: &Columns, tile: &mut Tile) {
     tile.hits = [0; ROWS];
     for v in 0..COLS / LANES {
-        let column = |of: &[f32; COLS]| load_ps(&of.as_chunks::<LANES>().0[v]);
+        let column = |of: &[f32; COLS]| load_ps(part(of, v));
         let (scale, bias) = (column(&columns.scale), column(&columns.bias));
         let (norm, residual) = (column(&columns.norm), column(&columns.residual));
         for r in 0..ROWS {
@@ -175,33 +175,10 @@ fn store_sums(to: &mut [i32; LANES], from: __m256i) {
 #[cfg(test)]
 mod tests {
     use super::super::Isa;
+    use super::super::exact::{check, interleave, sequence};
     use super::super::isa::Path;
     use super::super::quantize::{self, Limits};
     use super::*;
-
-    /// Words from a fixed sequence.
-    fn sequence() -> impl FnMut() -> i16 {
-        let mut state = 5_u64;
-        move || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 48) as i16
-        }
-    }
-
-    /// Compares sums of a tile with those of 64-bit arithmetic; elements of rows and features lie one after the other.
-    fn check<T: Copy + Into<i64>>(sums: &Sums, rows: &[T], features: &[T], d: usize) {
-        for (r, c) in (0..ROWS).flat_map(|r| (0..COLS).map(move |c| (r, c))) {
-            let (row, feature) = (&rows[r * d..(r + 1) * d], &features[c * d..(c + 1) * d]);
-            let sum: i64 = row.iter().zip(feature).map(|(&a, &b)| a.into() * b.into()).sum();
-            assert_eq!(i64::from(sums[r][c / LANES][c % LANES]), sum, "d={d}: {r}, {c}");
-        }
-    }
-
-    /// Vectors of words, one after the other, side by side: `N` words per step.
-    fn interleave<const N: usize>(words: &[u32]) -> Vec<u32> {
-        let steps = words.len() / N;
-        (0..words.len()).map(|i| words[i % N * steps + i / N]).collect()
-    }
 
     #[test]
     fn sums_of_word_products_are_those_of_64_bit_arithmetic() {
@@ -215,7 +192,8 @@ mod tests {
             let strip = interleave::<ROWS>(bytemuck::cast_slice(&rows));
             let panel = interleave::<COLS>(bytemuck::cast_slice(&features));
             // SAFETY: the processor was asked for AVX2 above.
-            check(&unsafe { word_products(&strip, &panel) }, &rows, &features, steps * 2);
+            let sums = unsafe { word_products(&strip, &panel) };
+            check(sums.as_flattened().as_flattened(), &rows, &features, steps * 2);
         }
     }
 
@@ -254,7 +232,8 @@ mod tests {
                 narrow::pack(&bytemuck::pod_collect_to_vec(feature), c, &mut panel);
             }
             // SAFETY: the processor was asked for AVX2 above.
-            check(&unsafe { narrow_products(&strip, &panel) }, &rows, &features, d);
+            let sums = unsafe { narrow_products(&strip, &panel) };
+            check(sums.as_flattened().as_flattened(), &rows, &features, d);
         }
     }
 }

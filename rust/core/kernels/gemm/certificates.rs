@@ -31,23 +31,17 @@ fn vectors(n: usize, d: usize, kind: usize, state: &mut u64) -> Vec<f32> {
         .collect()
 }
 
-/// The plans whose bounds this processor can check: on every path every screen that it has.
-fn plans(d: usize, certificate: Certificate, centre: Option<&Vec<f32>>) -> Vec<Plan> {
-    let pairs = Isa::available().flat_map(|isa| Screen::available(isa).map(move |screen| (isa, screen)));
-    pairs.map(|(isa, screen)| Plan::with_screen(isa, screen, d, certificate, centre.cloned())).collect()
-}
-
 /// Compares bounds and real scores of about `pairs` pairs; says how much of its slack each path and screen ever needed.
 fn shares_of_slack(pairs: usize, certificate: Certificate) -> Vec<(Path, Screen, f64)> {
     let mut worst: Vec<(Path, Screen, f64)> = Vec::new();
     let mut state = 7;
-    let tiles = pairs / (ROWS * COLS) / plans(16, certificate, None).len() + 1;
+    let tiles = pairs / (ROWS * COLS) / Plan::every(16, certificate, None).len() + 1;
     for t in 0..tiles {
         let d = [16, 64, 100, 300, 513][t % 5];
         let w = vectors(COLS, d, t / 5 % 5, &mut state);
         let x = vectors(ROWS, d, t / 25 % 5, &mut state);
         let centre = (t % 3 == 0).then(|| vectors(1, d, 0, &mut state));
-        for plan in plans(d, certificate, centre.as_ref()) {
+        for plan in Plan::every(d, certificate, centre.as_deref()) {
             let share = worst_of_tile(&plan, t, &x, &w);
             let (path, screen) = (plan.isa().path(), plan.screen());
             match worst.iter_mut().find(|(p, s, _)| (*p, *s) == (path, screen)) {
@@ -100,7 +94,7 @@ const KINDS: usize = 125;
 #[test]
 fn every_kind_of_vector_keeps_its_certificate() {
     for certificate in [Certificate::Deterministic, Certificate::Dithered] {
-        let pairs = KINDS * ROWS * COLS * plans(16, certificate, None).len();
+        let pairs = KINDS * ROWS * COLS * Plan::every(16, certificate, None).len();
         assert!(shares_of_slack(pairs, certificate).iter().all(|(_, _, share)| *share < 1.0));
     }
 }

@@ -46,7 +46,7 @@ pub(super) fn pairwise(mut lanes: [f64; LANES]) -> f64 {
 
 /// `a * b + c`. A product of two f32 is exact in f64, so both forms give the same bits there.
 #[inline(always)]
-fn fused<const FUSED: bool>(a: f64, b: f64, c: f64) -> f64 {
+pub(crate) fn fused<const FUSED: bool>(a: f64, b: f64, c: f64) -> f64 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 

@@ -38,6 +38,8 @@ mod avx512;
 #[cfg(test)]
 mod certificates;
 pub mod dot;
+#[cfg(test)]
+mod exact;
 pub mod features;
 pub mod isa;
 mod narrow;

@@ -104,6 +104,7 @@ fn load(from: &[u32; LANES]) -> int32x4_t {
 
 #[cfg(test)]
 mod tests {
+    use super::super::exact::{check, interleave, sequence};
     use super::super::isa::Path;
     use super::*;
 
@@ -112,25 +113,16 @@ mod tests {
         if Isa::new(Path::NeonDot).is_none() {
             return;
         }
-        let mut state = 5_u64;
-        let mut byte = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 56) as i8
-        };
+        let mut word = sequence();
         for steps in [1, 7, 128, 129] {
-            let strip: Vec<i8> = (0..steps * ROWS * 4).map(|_| byte()).collect();
-            let panel: Vec<i8> = (0..steps * COLS * 4).map(|_| byte()).collect();
-            let words = |bytes: &[i8]| -> Vec<u32> { bytemuck::pod_collect_to_vec(bytes) };
+            let d = steps * 4;
+            let mut bytes = |n: usize| -> Vec<i8> { (0..n * d).map(|_| (word() >> 8) as i8).collect() };
+            let (rows, features) = (bytes(ROWS), bytes(COLS));
+            let strip = interleave::<ROWS>(&bytemuck::pod_collect_to_vec(&rows));
+            let panel = interleave::<COLS>(&bytemuck::pod_collect_to_vec(&features));
             // SAFETY: the processor was asked for dot products above.
-            let sums = unsafe { products(&words(&strip), &words(&panel)) };
-            for (r, c) in (0..ROWS).flat_map(|r| (0..COLS).map(move |c| (r, c))) {
-                let terms = (0..steps * 4).map(|i| {
-                    let (step, byte) = (i / 4, i % 4);
-                    let (a, b) = (strip[(step * ROWS + r) * 4 + byte], panel[(step * COLS + c) * 4 + byte]);
-                    i64::from(a) * i64::from(b)
-                });
-                assert_eq!(i64::from(sums[r][c / LANES][c % LANES]), terms.sum::<i64>(), "{steps}: {r}, {c}");
-            }
+            let sums = unsafe { products(&strip, &panel) };
+            check(sums.as_flattened().as_flattened(), &rows, &features, d);
         }
     }
 }

@@ -38,14 +38,12 @@ impl Screen {
     /// The screens that have a kernel on a path of this processor, fastest first.
     pub fn available(isa: Isa) -> impl Iterator<Item = Self> {
         let path = isa.path();
-        let x86 = matches!(path, Path::Avx2 | Path::Avx512 | Path::Avx512Bf16 | Path::Avx512Vnni);
-        let halves = path >= Path::Avx512Bf16 && Isa::new(Path::Avx512Bf16).is_some();
-        let integers = x86 && Isa::new(Path::Avx2).is_some();
+        let has = |least: Path| path >= least && Isa::new(least).is_some();
         [
             (Self::Bytes, matches!(path, Path::Avx512Vnni | Path::NeonDot)),
-            (Self::BrainFloats, halves),
-            (Self::NarrowBytes, integers),
-            (Self::Words, integers),
+            (Self::BrainFloats, has(Path::Avx512Bf16)),
+            (Self::NarrowBytes, has(Path::Avx2)),
+            (Self::Words, has(Path::Avx2)),
             (Self::Floats, true),
         ]
         .into_iter()
@@ -119,8 +117,17 @@ impl Plan {
         Self::with_screen(isa, screen, d, certificate, centre)
     }
 
+    /// The plans for width `d` of every path of this processor, each with every screen that it has.
+    pub fn every(d: usize, certificate: Certificate, centre: Option<&[f32]>) -> Vec<Self> {
+        let screens =
+            Isa::available().flat_map(|isa| Screen::available(isa).map(move |screen| (isa, screen)));
+        let plan =
+            |(isa, screen)| Self::with_screen(isa, screen, d, certificate, centre.map(<[f32]>::to_vec));
+        screens.map(plan).collect()
+    }
+
     /// The plan with a given screen, one of [`Screen::available`].
-    pub fn with_screen(
+    fn with_screen(
         isa: Isa,
         screen: Screen,
         d: usize,
@@ -255,7 +262,7 @@ impl Plan {
             Screen::Words => avx2::words,
             _ => avx512::brain_floats,
         };
-        // SAFETY: `with_isa` chooses a screen only on a path that has the instructions of its kernel.
+        // SAFETY: a plan has a screen only on a path that has the instructions of its kernel; see `Screen::available`.
         unsafe { kernel(strip, &panel.words, lines, &panel.columns, tile) }
     }
 

@@ -29,7 +29,14 @@ pub(super) fn sift<const REACHING_STAY: bool>(
     bar: f32,
     taken: &mut [u32],
 ) -> Sifted {
-    let mut sifted = registers::<REACHING_STAY>(isa, upper, feature, bar, taken);
+    let mut sifted = Sifted::default();
+    #[cfg(target_arch = "x86_64")]
+    if isa.path() >= Path::Avx2 {
+        // SAFETY: every path of x86-64 from this one on has its instructions.
+        sifted = unsafe { avx2::registers::<REACHING_STAY>(upper, feature, bar, taken) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = isa;
     for i in sifted.read..upper.len() {
         let (bound, j, reaching) = (upper[i], feature[i], reaches(upper[i], bar));
         (upper[sifted.kept], feature[sifted.kept]) = (bound, j);
@@ -40,33 +47,6 @@ pub(super) fn sift<const REACHING_STAY: bool>(
         }
     }
     sifted
-}
-
-/// The candidates that fill whole registers, where there are instructions for them.
-#[cfg(target_arch = "x86_64")]
-fn registers<const REACHING_STAY: bool>(
-    isa: Isa,
-    upper: &mut [f32],
-    feature: &mut [u32],
-    bar: f32,
-    taken: &mut [u32],
-) -> Sifted {
-    if isa.path() < Path::Avx2 {
-        return Sifted::default();
-    }
-    // SAFETY: every path of x86-64 from this one on has its instructions.
-    unsafe { avx2::registers::<REACHING_STAY>(upper, feature, bar, taken) }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn registers<const REACHING_STAY: bool>(
-    _: Isa,
-    _: &mut [f32],
-    _: &mut [u32],
-    _: f32,
-    _: &mut [u32],
-) -> Sifted {
-    Sifted::default()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -98,6 +78,8 @@ mod avx2 {
         members
     };
 
+    /// The candidates that fill whole registers.
+    ///
     /// # Safety
     /// The processor has the target features of this function.
     #[target_feature(enable = "avx2")]
