@@ -11,7 +11,7 @@ export PYO3_PYTHON := $(abspath $(BIN)/python)
 export HF_HUB_OFFLINE := 1
 export MPLBACKEND := Agg
 
-.PHONY: help setup build wheel demo test test-rust test-python test-full lint bench bench-rust docs sanitize emulated clean
+.PHONY: help setup build wheel demo test test-rust test-python test-kill test-full lint bench bench-rust docs sanitize emulated clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,17 +41,23 @@ wheel: $(VENV)/.ready  ## an abi3 wheel in dist/
 demo: build  ## the main job on the shipped model: writes demo/report.html
 	$(BIN)/python -m microtome demo --out demo
 
-test: test-rust test-python  ## all tests but the long fault tiers
+test: test-rust test-kill test-python  ## all tests but the long fault tiers
 
 test-rust: $(VENV)/.ready
 	cargo test --quiet --features failpoints
 	MICROTOME_ISA=plain cargo test --quiet --features failpoints --test kernels_encode --test metrics_similarity
 
+# Fail points exist in a build of their own alone, which no user gets.
+test-kill: $(VENV)/.ready  ## a writer killed at every named point of a commit
+	$(BIN)/maturin build --features failpoints --out $(TARGET)/failpoints --quiet
+	$(BIN)/uv pip install --quiet --no-deps --reinstall --target $(VENV)/failpoints $(TARGET)/failpoints/*.whl
+	PYTHONPATH=$(abspath $(VENV)/failpoints) $(BIN)/python -m pytest tests/python/faults/test_kill.py tests/python/faults/test_kill_codes.py -k named_point
+
 test-python: wheel
 	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not slow and not gpu and not full"
 
-test-full: wheel  ## the long fault tiers as well
+test-full: test-kill wheel  ## the long fault tiers as well
 	cargo test --quiet --features failpoints -- --include-ignored
 	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not gpu"
