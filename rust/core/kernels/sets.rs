@@ -1,62 +1,25 @@
 //! Bitsets over nodes.
 //!
 //! A set over `n` nodes is `ceil(n / 64)` words, node `i` being bit `i % 64` of word `i / 64`; bits beyond `n` are zero.
-//! Intersections and unions are never written: their popcounts are all that `IoU` needs.
+//! Intersections and unions are never written: their popcounts are all that `IoU` needs. Shuffles count the bits of a register
+//! at a time where there are any: compilers know how.
 
-#![allow(unsafe_code)]
+#![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
+
+use super::gemm::isa::per_isa;
 
 /// Words that hold `n` bits.
 pub fn words(n: usize) -> usize {
     n.div_ceil(64)
 }
 
-/// Compiles `$body`, safe and inlined, with vector popcounts, with AVX2, whose shuffles count the bits of 32 bytes at a time, and
-/// with scalar popcounts; picks at run time.
-macro_rules! with_popcount {
-    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),*) -> $ret:ty = $body:ident) => {
-        $(#[$doc])*
-        pub fn $name($($arg: $ty),*) -> $ret {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vpopcntdq,popcnt")]
-                fn vector($($arg: $ty),*) -> $ret {
-                    $body($($arg),*)
-                }
-                #[target_feature(enable = "avx2,popcnt")]
-                fn shuffled($($arg: $ty),*) -> $ret {
-                    $body($($arg),*)
-                }
-                #[target_feature(enable = "popcnt")]
-                fn scalar($($arg: $ty),*) -> $ret {
-                    $body($($arg),*)
-                }
-                if is_x86_feature_detected!("avx512vpopcntdq") && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512bw")
-                {
-                    // SAFETY: the features are there.
-                    return unsafe { vector($($arg),*) };
-                }
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("popcnt") {
-                    // SAFETY: the features are there.
-                    return unsafe { shuffled($($arg),*) };
-                }
-                if is_x86_feature_detected!("popcnt") {
-                    // SAFETY: the feature is there.
-                    return unsafe { scalar($($arg),*) };
-                }
-            }
-            $body($($arg),*)
-        }
-    };
-}
-
-#[inline]
-fn count_body(a: &[u64]) -> u64 {
+#[inline(always)]
+fn count_body<const FUSED: bool>(a: &[u64]) -> u64 {
     a.iter().map(|w| u64::from(w.count_ones())).sum()
 }
 
-#[inline]
-fn overlap_body(a: &[u64], b: &[u64]) -> (u64, u64) {
+#[inline(always)]
+fn overlap_body<const FUSED: bool>(a: &[u64], b: &[u64]) -> (u64, u64) {
     let (mut both, mut either) = (0, 0);
     for (a, b) in a.iter().zip(b) {
         both += u64::from((a & b).count_ones());
@@ -65,14 +28,14 @@ fn overlap_body(a: &[u64], b: &[u64]) -> (u64, u64) {
     (both, either)
 }
 
-with_popcount! {
+per_isa! {
     /// Number of bits set.
-    pub fn count(a: &[u64]) -> u64 = count_body
+    pub fn count(a: &[u64]) -> u64 = count_body;
 }
 
-with_popcount! {
+per_isa! {
     /// Sizes of the intersection and of the union of two sets of equal length.
-    pub fn overlap(a: &[u64], b: &[u64]) -> (u64, u64) = overlap_body
+    pub fn overlap(a: &[u64], b: &[u64]) -> (u64, u64) = overlap_body;
 }
 
 /// Sets the bits of `nodes`, all of which lie below `64 * words.len()`.
@@ -100,6 +63,7 @@ pub fn nodes(words: &[u64], first: usize, out: &mut [i64]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::gemm::Isa;
     use super::*;
 
     #[test]
@@ -114,8 +78,10 @@ mod tests {
                     .map(|(i, j)| f(a[i], b[i]) >> j & 1)
                     .sum()
             };
-            assert_eq!(overlap(&a, &b), (bits(&|a, b| a & b), bits(&|a, b| a | b)));
-            assert_eq!(count(&a), bits(&|a, _| a));
+            for isa in Isa::available() {
+                assert_eq!(overlap(isa, &a, &b), (bits(&|a, b| a & b), bits(&|a, b| a | b)), "{isa:?}");
+                assert_eq!(count(isa, &a), bits(&|a, _| a), "{isa:?}");
+            }
         }
     }
 }

@@ -5,6 +5,7 @@ pub mod chance;
 pub mod top;
 
 use crate::error::{Error, Result};
+use crate::kernels::gemm::Isa;
 use crate::kernels::sets::{count, insert, nodes, overlap, words};
 use crate::memory::zeros;
 use crate::scan::{Context, fill_parts, grid, map_ordered};
@@ -13,21 +14,26 @@ use crate::scan::{Context, fill_parts, grid, map_ordered};
 const BLOCK_WORDS: usize = 1 << 16;
 
 /// Number of nodes of a set.
+///
+/// # Errors
+/// As [`Isa::choose`]; [`Error::Cancelled`].
 pub fn size(set: &[u64], context: &Context<'_>) -> Result<u64> {
+    let isa = Isa::choose()?;
     let blocks: Vec<&[u64]> = set.chunks(BLOCK_WORDS).collect();
-    Ok(map_ordered(&blocks, context, |block| Ok(count(block)))?.into_iter().sum())
+    Ok(map_ordered(&blocks, context, |block| Ok(count(isa, block)))?.into_iter().sum())
 }
 
 /// Sizes of the intersection and of the union.
 ///
 /// # Errors
-/// [`Error::Shape`] when the sets have different numbers of words.
+/// [`Error::Shape`] when the sets have different numbers of words; as [`Isa::choose`]; [`Error::Cancelled`].
 pub fn intersection_and_union(a: &[u64], b: &[u64], context: &Context<'_>) -> Result<(u64, u64)> {
     if a.len() != b.len() {
         return Err(Error::shape("b", format!("{} words, as in a", a.len()), format!("{} words", b.len())));
     }
+    let isa = Isa::choose()?;
     let blocks: Vec<(&[u64], &[u64])> = a.chunks(BLOCK_WORDS).zip(b.chunks(BLOCK_WORDS)).collect();
-    let sizes = map_ordered(&blocks, context, |(a, b)| Ok(overlap(a, b)))?;
+    let sizes = map_ordered(&blocks, context, |(a, b)| Ok(overlap(isa, a, b)))?;
     Ok(sizes.into_iter().fold((0, 0), |(i, u), (both, either)| (i + both, u + either)))
 }
 
@@ -47,10 +53,11 @@ pub fn from_nodes(members: &[i64], n: usize) -> Result<Vec<u64>> {
 /// The nodes of a set, ascending.
 ///
 /// # Errors
-/// [`Error::Cancelled`].
+/// As [`Isa::choose`]; [`Error::Cancelled`].
 pub fn to_nodes(set: &[u64], context: &Context<'_>) -> Result<Vec<i64>> {
+    let isa = Isa::choose()?;
     let blocks: Vec<_> = grid(set.len(), BLOCK_WORDS).collect();
-    let sizes = map_ordered(&blocks, context, |range| Ok(count(&set[range.clone()]) as usize))?;
+    let sizes = map_ordered(&blocks, context, |range| Ok(count(isa, &set[range.clone()]) as usize))?;
     let mut members = zeros(sizes.iter().sum());
     fill_parts(&mut members, &sizes, context, |i, part| {
         let range = blocks[i].clone();

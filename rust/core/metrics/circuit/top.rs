@@ -3,6 +3,7 @@
 
 use super::to_nodes;
 use crate::error::{Error, Result};
+use crate::kernels::gemm::Isa;
 use crate::kernels::sets::{count, words};
 use crate::kernels::sieve::{Bracket, Doubtful, key, sift};
 use crate::memory::zeros;
@@ -17,7 +18,7 @@ const SAMPLE: usize = 1 << 16;
 /// infinity.
 ///
 /// # Errors
-/// [`Error::Shape`] when there are fewer than `n` scores; [`Error::Cancelled`].
+/// [`Error::Shape`] when there are fewer than `n` scores; as [`Isa::choose`]; [`Error::Cancelled`].
 pub fn top_n(scores: &[f32], n: usize, context: &Context<'_>) -> Result<Vec<i64>> {
     if n > scores.len() {
         return Err(Error::shape(
@@ -46,11 +47,12 @@ fn select(
     set: &mut [u64],
     context: &Context<'_>,
 ) -> Result<bool> {
+    let isa = Isa::choose()?;
     let blocks = map_pieces(set, BLOCK_WORDS, context, |i, set| {
         let first = i * BLOCK_WORDS * 64;
         let block = &scores[first..scores.len().min(first + 64 * BLOCK_WORDS)];
         let doubtful = sift(block, bracket, set);
-        Ok((count(set) as usize, doubtful))
+        Ok((count(isa, set) as usize, doubtful))
     })?;
     let (inside, between) =
         blocks.iter().fold((0, 0), |(a, b), (inside, doubtful)| (a + inside, b + doubtful.len()));
