@@ -187,13 +187,13 @@ def l0(codes: FeatureStats | Codes) -> float:
 
 
 def core_codes(codes: Codes, name: str = "codes") -> CoreCodes:
-    """Codes as the core takes them: row pointers or slots per row, indices, values, width. Stored ones as a whole.
+    """Codes in memory as the core takes them: row pointers or slots per row, indices, values, width.
 
     Raises:
         DtypeError: indices that are not integers, or activations that are not floating point.
         ShapeError: no slots, or shapes that differ.
     """
-    held: Any = codes[:] if hasattr(codes, "blocks") else codes
+    held: Any = codes  # fields may be tensors
     indices, values = _host(held.indices), _host(held.values)
     if indices.dtype.kind not in "iu":
         raise DtypeError(f"{name}.indices: expected integers, found {indices.dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,16 @@ import numpy.typing as npt
 import polars as pl
 
 from microtome import _core
+from microtome import progress as progress_bar
 from microtome.errors import ShapeError
-from microtome.metrics.features import Codes, core_codes, n_rows
+from microtome.metrics.codes import row_pointers
+from microtome.metrics.features import Codes, CoreCodes, code_blocks, core_codes, feature_stats, n_rows
 from microtome.metrics.rowtable import RowTable, columns
 
 __all__ = ["FrequencyGap", "frequency_gap"]
+
+SPAN_FIRINGS = 1 << 25
+"""Firing tokens of the features of stored codes that are resampled at a time: 384 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +67,15 @@ def frequency_gap(
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    progress: bool = True,
 ) -> FrequencyGap:
     r"""Firing frequency in one set minus that in another, with a cluster bootstrap interval.
 
     :math:`\Delta p_f = p_f(D_{spatial}) - p_f(D_{base})` over tokens. Tokens of one sample or image are not
     independent: whole clusters are drawn with replacement and the gap taken again (Efron and Tibshirani 1993);
     the interval runs between percentiles of the replicates. The same seed gives the same bits for any number of
-    threads.
+    threads, and for codes in memory and in a store. Stored codes are read once for their firing counts and once for
+    every span of features whose firings fit into memory.
 
     Args:
         spatial: codes of the set of interest.
@@ -80,6 +88,7 @@ def frequency_gap(
         replicates: number of bootstrap replicates.
         level: level of the interval.
         seed: seed of the draws.
+        progress: show a bar on a terminal.
 
     Raises:
         ShapeError: no rows, tables that do not fit, sets that differ in ``d_sae``, a level outside 0 to 1.
@@ -105,10 +114,47 @@ def frequency_gap(
         for codes, rows, which in ((spatial, spatial_rows, "spatial"), (base, base_rows, "base"))
     ]
     numbers = _numbered(names, shared)
-    gap, error, low, high = _core.frequency_gap(
-        core_codes(spatial), numbers[0], core_codes(base), numbers[1], replicates, level, seed, shared
-    )
+    spans = []
+    with progress_bar.bar("frequency gap", spatial.d_sae, progress, "features") as done:
+        for first, stop in _spans(spatial, base):
+            sides = [_features(codes, first, stop) for codes in (spatial, base)]
+            spans.append(
+                _core.frequency_gap(
+                    sides[0], numbers[0], sides[1], numbers[1], replicates, level, seed, shared
+                )
+            )
+            done(stop)
+    gap, error, low, high = (np.concatenate(column) for column in zip(*spans, strict=True))
     return FrequencyGap(gap, error, low, high, level, (names[0].n_unique(), names[1].n_unique()))
+
+
+def _spans(spatial: Codes, base: Codes) -> Iterator[tuple[int, int]]:
+    """Spans ``first .. stop`` of features that are resampled together: one of all, unless codes are stored."""
+    if not (hasattr(spatial, "blocks") or hasattr(base, "blocks")):
+        yield 0, spatial.d_sae
+        return
+    fires = sum(feature_stats(codes, progress=False).fires for codes in (spatial, base))
+    ends = row_pointers(np.asarray(fires))  # (d_sae + 1,)
+    first = 0
+    while first < spatial.d_sae:
+        stop = max(first + 1, int(np.searchsorted(ends, ends[first] + SPAN_FIRINGS, "right")) - 1)
+        yield first, stop
+        first = stop
+
+
+def _features(codes: Codes, first: int, stop: int) -> CoreCodes:
+    """The firings of the features ``first .. stop``, numbered from 0; codes in memory as they are where that is all."""
+    if not hasattr(codes, "blocks") and (first, stop) == (0, codes.d_sae):
+        return core_codes(codes)
+    counts, indices, values = [], [], []
+    for _, (shape, features, activations, _) in code_blocks(codes):
+        chosen = (features >= first) & (features < stop) & (activations > 0)
+        bounds = np.arange(0, len(features) + 1, shape) if isinstance(shape, int) else shape
+        counts.append(np.diff(row_pointers(chosen)[bounds]))
+        indices.append(features[chosen] - np.uint32(first))
+        values.append(activations[chosen])
+    pointers = row_pointers(np.concatenate(counts)).astype(np.uint64)
+    return pointers, np.concatenate(indices), np.concatenate(values), stop - first
 
 
 def _numbered(names: list[pl.Series], shared: bool) -> list[tuple[npt.NDArray[np.uint32], int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,16 @@ import polars as pl
 from microtome import _core
 from microtome import progress as progress_bar
 from microtome.errors import ShapeError
-from microtome.metrics.features import Codes, code_blocks, core_codes, n_rows, offset, part
+from microtome.metrics.features import (
+    Codes,
+    CoreCodes,
+    code_blocks,
+    core_codes,
+    n_rows,
+    offset,
+    part,
+    stored_block_rows,
+)
 from microtome.metrics.rowtable import (
     By,
     Grouping,
@@ -54,12 +64,13 @@ class SampleFires:
         return SampleFires(self.n_samples + other.n_samples, self.fires + other.fires)
 
 
-def sample_fires(codes: Codes, rows: RowTable) -> SampleFires:
+def sample_fires(codes: Codes, rows: RowTable, *, progress: bool = True) -> SampleFires:
     """Count, for every feature, the samples of which any token fires.
 
     Args:
-        codes: sparse codes of n rows.
+        codes: sparse codes of n rows; stored ones are read some samples at a time.
         rows: row table of n rows with a column ``sample``; the rows of a sample need not lie side by side.
+        progress: show a bar on a terminal.
 
     Raises:
         ShapeError: no rows, another number of rows than codes, no column ``sample``.
@@ -72,13 +83,35 @@ def sample_fires(codes: Codes, rows: RowTable) -> SampleFires:
         array([1, 0], dtype=uint64)
     """
     n = n_rows(codes)
-    core = core_codes(codes)
     table = columns(rows, [pl.col("sample")], n)
     samples, _ = sample_numbers(table["sample"])
     order = np.argsort(samples, kind="stable").astype(np.uint64)
     edges = np.flatnonzero(np.diff(samples[order])) + 1
-    starts = np.concatenate([[0], edges, [len(samples)]]).astype(np.uint64)
-    return SampleFires(len(starts) - 1, _core.sample_fires(core, order, starts))
+    starts = np.concatenate([[0], edges, [n]]).astype(np.uint64)
+    fires = np.zeros(codes.d_sae, np.uint64)
+    with progress_bar.bar("samples", n, progress) as done:
+        for core, order_here, starts_here, end in _sample_blocks(codes, order, starts):
+            fires += _core.sample_fires(core, order_here, starts_here)
+            done(end)
+    return SampleFires(len(starts) - 1, fires)
+
+
+def _sample_blocks(
+    codes: Codes, order: npt.NDArray[np.uint64], starts: npt.NDArray[np.uint64]
+) -> Iterator[tuple[CoreCodes, npt.NDArray[np.uint64], npt.NDArray[np.uint64], int]]:
+    """Whole samples at a time, as many as fill a block of rows, with their own order and bounds; memory at once."""
+    if not hasattr(codes, "blocks"):
+        yield core_codes(codes), order, starts, len(order)
+        return
+    height, first = stored_block_rows(codes), 0
+    while first < len(starts) - 1:
+        last = max(first + 1, int(np.searchsorted(starts, int(starts[first]) + height, "right")) - 1)
+        rows = order[starts[first] : starts[last]]  # (n_block,)
+        lowest, gapless = rows.min(), int(np.ptp(rows)) + 1 == len(rows)
+        block = codes[int(lowest) : int(lowest) + len(rows)] if gapless else codes[rows]
+        order_here = rows - lowest if gapless else np.arange(len(rows), dtype=np.uint64)
+        yield core_codes(block), order_here, starts[first : last + 1] - starts[first], int(starts[last])
+        first = last
 
 
 def top_samples(
