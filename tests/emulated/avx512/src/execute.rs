@@ -168,7 +168,8 @@ fn integers(at: &mut At<'_>) -> Outcome<()> {
         M::Vporq | M::Vorpd => zip::<u64>(at, |a, b| a | b),
         M::Vpxord | M::Vxorps => zip::<u32>(at, |a, b| a ^ b),
         M::Vpxorq | M::Vxorpd => zip::<u64>(at, |a, b| a ^ b),
-        M::Vpopcntq => map::<u64>(at, |v| u64::from(v.count_ones())),
+        M::Vpaddb => zip::<u8>(at, u8::wrapping_add),
+        M::Vpsadbw => zip::<u64>(at, lanes::distance_of_bytes),
         M::Vpslld if immediate(at) => {
             let n = shift();
             map::<u32>(at, |v| v.checked_shl(n).unwrap_or(0))
@@ -176,6 +177,10 @@ fn integers(at: &mut At<'_>) -> Outcome<()> {
         M::Vpsrld if immediate(at) => {
             let n = shift();
             map::<u32>(at, |v| v.checked_shr(n).unwrap_or(0))
+        }
+        M::Vpsrlw if immediate(at) => {
+            let n = shift();
+            map::<u16>(at, |v| v.checked_shr(n).unwrap_or(0))
         }
         M::Vpcmpd => compare_integers(at, |v: u32| v.cast_signed()),
         M::Vpcmpud => compare_integers(at, |v: u32| v),

@@ -160,6 +160,11 @@ pub fn dot_bytes(sum: u32, a: u32, b: u32) -> u32 {
     })
 }
 
+/// VPSADBW: the absolute differences of unsigned bytes, added up.
+pub fn distance_of_bytes(a: u64, b: u64) -> u64 {
+    a.to_le_bytes().into_iter().zip(b.to_le_bytes()).map(|(a, b)| u64::from(a.abs_diff(b))).sum()
+}
+
 /// VDPBF16PS: the upper pair, then the lower one, each a fused multiply-add in f32, to nearest even; subnormal numbers are
 /// zero on the way in and on the way out, whatever MXCSR says.
 pub fn dot_brain_floats(sum: f32, a: u32, b: u32) -> f32 {

@@ -30,6 +30,7 @@ pub(crate) fn movements(at: &mut At<'_>) -> Outcome<()> {
         M::Vpermt2pd | M::Vpermt2q => permute_two::<u64>(at, 1, 0),
         M::Vpermi2ps | M::Vpermi2d => permute_two::<u32>(at, 0, 1),
         M::Vpermi2pd | M::Vpermi2q => permute_two::<u64>(at, 0, 1),
+        M::Vpshufb => shuffle_bytes(at),
         M::Vinsertps => insert_lane(at),
         M::Vextractf32x4 | M::Vextracti32x4 => extract(at, 16),
         M::Vextractf64x4 | M::Vextracti64x4 => extract(at, 32),
@@ -55,6 +56,18 @@ fn gather<T: Pod>(
         result.lanes_mut::<T>()[l] = vectors[source].lanes::<T>()[lane];
     }
     at.write_vector::<T>(result)
+}
+
+/// Byte `l` is one of the sixteen bytes of operand 1 around it, by the low bits of byte `l` of operand 2, or zero by its sign.
+fn shuffle_bytes(at: &mut At<'_>) -> Outcome<()> {
+    let (table, indices) = (at.vector::<u8>(1)?, at.vector::<u8>(2)?);
+    let mut result = Vector::default();
+    for (l, byte) in result.lanes_mut::<u8>().iter_mut().enumerate() {
+        let index = indices.lanes::<u8>()[l];
+        *byte =
+            if index & 0x80 == 0 { table.lanes::<u8>()[l / 16 * 16 + usize::from(index & 15)] } else { 0 };
+    }
+    at.write_vector::<u8>(result)
 }
 
 /// All ones in the lanes whose mask bit is set, zeros in the others.

@@ -289,17 +289,6 @@ fn masks_spread_over_lanes() {
     );
 }
 
-#[test]
-fn bits_are_counted() {
-    each(
-        |a| a.vpopcntq(zmm0, zmm1).unwrap(),
-        |before, found| {
-            let counts = before.zmm[1].lanes::<u64>().iter().map(|v| u64::from(v.count_ones()));
-            assert!(counts.eq(found.lanes::<u64>().iter().copied()));
-        },
-    );
-}
-
 /// k1 after an instruction under the mask k2, and the registers before it.
 fn masks(write: impl Fn(&mut CodeAssembler), bit: impl Fn(&Cpu, usize) -> bool, lanes: usize) {
     let (instruction, mut random) = (instruction(write), Random(5));

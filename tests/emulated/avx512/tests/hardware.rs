@@ -81,6 +81,9 @@ twins! {
     differences_of_integers: vpsubd = vpsubd();
     products_of_integers: vpmulld = vpmulld();
     bits_in_both: vpandd = vpand();
+    sums_of_bytes: vpaddb = vpaddb();
+    distances_of_bytes: vpsadbw = vpsadbw();
+    shuffled_bytes: vpshufb = vpshufb();
     bits_in_both_long: vpandq = vpand();
     bits_in_both_singles: vandps = vandps();
     bits_in_either: vpord = vpor();
@@ -108,6 +111,8 @@ one_operand! {
     shifts_left: vpslld = vpslld(7);
     shifts_left_beyond: vpslld = vpslld(32);
     shifts_right: vpsrld = vpsrld(16);
+    short_shifts_right: vpsrlw = vpsrlw(4);
+    short_shifts_right_beyond: vpsrlw = vpsrlw(16);
     lanes_by_an_immediate: vpermilps = vpermilps(0x1b);
     long_lanes_by_an_immediate: vpermpd = vpermpd(0x63);
     moves_of_integers: vmovdqa64 = vmovdqa();
