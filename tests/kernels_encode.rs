@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
+use microtome_core::kernels::gemm::dot::dot;
 use microtome_core::kernels::gemm::isa::VARIABLE;
 use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
 use microtome_core::metrics::encode::{Activation, Weights};
@@ -165,6 +166,88 @@ fn a_row_of_zeros_fires_where_its_biases_are_the_least_that_f32_holds() {
             dictionary.select(&vec![0.0; d], wanted, &mut space);
             assert_eq!(space.found(0).len(), 32, "{:?} {:?} {wanted:?}", plan.isa(), plan.screen());
         }
+    }
+}
+
+/// The best ranks by definition: `x · w + bias`, in the order of additions that a score has.
+fn best_ranked(x: &[f32], features: &[f32], bias: &[f64], k: usize) -> Vec<u32> {
+    let score = |(w, bias): (&[f32], &f64)| dot(Isa::PLAIN, x, w) + bias;
+    let scores: Vec<f64> = features.chunks(x.len()).zip(bias).map(score).collect();
+    let mut order: Vec<u32> = (0..scores.len() as u32).filter(|&j| scores[j as usize] as f32 > 0.0).collect();
+    order.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)));
+    order.truncate(k);
+    order
+}
+
+/// Features with biases, ranked behind every screen, centred where there is a centre.
+fn check_biased(x: &[f32], features: &[f32], bias: &[f64], centre: Option<&[f32]>, (d, k): (usize, usize)) {
+    let expected: Vec<_> = x.chunks(d).map(|row| best_ranked(row, features, bias, k)).collect();
+    for plan in Plan::every(d, Certificate::Deterministic, centre) {
+        let panels = features.chunks(32 * d).zip(bias.chunks(32)).enumerate().map(|(p, (rows, bias))| {
+            let bias = std::array::from_fn(|c| bias.get(c).copied().unwrap_or(0.0));
+            plan.panel(p, rows.to_vec(), &Terms { bias, ..Terms::default() })
+        });
+        let (mut space, wanted) = (Space::default(), Wanted::Best { k, positive: true });
+        Dictionary::new(plan.clone(), panels.collect()).select(x, wanted, &mut space);
+        for (i, expected) in expected.iter().enumerate() {
+            let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
+            assert_eq!(found, *expected, "{:?} {:?} row {i} d={d}", plan.isa(), plan.screen());
+        }
+    }
+}
+
+#[test]
+fn features_whose_errors_have_no_square_in_f32_are_not_lost() {
+    let (d, f) = (64, 1500);
+    let base = noise(d, 22);
+    // Scores that differ in their fourth digit, of a size whose square is zero; one large feature beside them.
+    for size in [1e-20, 1e-22, 1e-24] {
+        let mut w: Vec<f32> =
+            noise(f * d, 23).iter().enumerate().map(|(i, v)| (base[i % d].abs() + 1e-4 * v) * size).collect();
+        w[3 * d..4 * d].fill(1.0);
+        let mut x = vec![0.0; 13 * d];
+        (0..13).for_each(|i| x[i * d + i * 4] = 1.0);
+        check(&x, &w, d, 20);
+    }
+}
+
+#[test]
+fn a_feature_beyond_the_range_of_squares_leaves_the_bars_of_a_row_of_zeros_alone() {
+    for (d, size) in [(8, 1e22), (64, 1e26), (330, 1e30)] {
+        let f = 1024;
+        let mut w = noise(f * d, 24);
+        w[700 * d..701 * d].iter_mut().for_each(|v| *v *= size);
+        let bias: Vec<f64> =
+            (0..f).map(|j| if j < 13 { 1.0 + j as f64 } else { -1.0 - j as f64 / 100.0 }).collect();
+        check_biased(&vec![0.0; 3 * d], &w, &bias, None, (d, 8));
+    }
+}
+
+#[test]
+fn a_centre_far_larger_than_what_it_leaves_keeps_scores_exact() {
+    for (d, size) in [(8, 1e16), (64, 1e12), (330, 1e14)] {
+        let (f, mut centre) = (2000, noise(d, 25));
+        centre[1] = size;
+        let (w, mut x) = (noise(f * d, 26), noise(14 * d, 27));
+        x.chunks_mut(d).for_each(|x| x[1] = size);
+        x[..d].copy_from_slice(&centre);
+        let bias: Vec<f64> =
+            w.chunks(d).zip(noise(f, 28)).map(|(w, b)| f64::from(b) - dot(Isa::PLAIN, &centre, w)).collect();
+        check_biased(&x, &w, &bias, Some(&centre), (d, 9));
+    }
+}
+
+#[test]
+fn thresholds_are_of_pre_activations_whatever_the_weights() {
+    let d = 16;
+    for plan in Plan::every(d, Certificate::Deterministic, None) {
+        let terms = Terms { threshold: [1.0; 32], weight: [0.25; 32], ..Terms::default() };
+        let w: Vec<f32> = (0..32 * d).map(|i| if i % d == 0 { 1.0 } else { 0.0 }).collect();
+        let dictionary = Dictionary::new(plan.clone(), vec![plan.panel(0, w, &terms)]);
+        let (mut space, mut x) = (Space::default(), vec![0.0; 2 * d]);
+        (x[0], x[d]) = (1.5, 0.5);
+        dictionary.select(&x, Wanted::Above, &mut space);
+        assert_eq!((space.found(0).len(), space.found(1).len()), (32, 0), "{:?}", plan.screen());
     }
 }
 

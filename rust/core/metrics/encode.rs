@@ -103,7 +103,7 @@ impl<'a> Packing<'a> {
             return Err(Error::shape("norms", "positive values", format!("{norm} at {j}")));
         }
         let plan = Plan::new(d_in, certificate, weights.b_dec.map(<[f32]>::to_vec))?;
-        Ok(Self { weights, activation, plan })
+        Ok(Self { weights: used(weights, activation), activation, plan })
     }
 
     /// Number of panels to pack.
@@ -223,6 +223,15 @@ impl Encoder {
         check_rows(x, rows.d(), first_row)?;
         self.dictionary.select(x, wanted, &mut work.space);
         Ok(())
+    }
+}
+
+/// The weights without those that `activation` does not read.
+fn used(weights: Weights<'_>, activation: Activation) -> Weights<'_> {
+    match activation {
+        Activation::TopK(_) | Activation::BatchTopK(_) => Weights { threshold: None, ..weights },
+        Activation::JumpRelu => Weights { norms: None, ..weights },
+        Activation::Relu => Weights { norms: None, threshold: None, ..weights },
     }
 }
 

@@ -18,7 +18,8 @@ use crate::rows::Rows;
 const SLOT_ROWS: usize = 1024;
 /// Rows per block where a row may have any number of entries.
 const RAGGED_ROWS: usize = 128;
-/// Ranks per row and member of the batch that the first pass of Batch Top-K looks at.
+/// Ranks per row and member of the batch that the first pass of Batch Top-K looks at, and how much deeper it looks where those are too
+/// few.
 const BATCH_DEPTH: usize = 2;
 
 /// Codes of all rows.
@@ -111,19 +112,35 @@ impl Run<'_> {
     }
 
     /// Two passes: the first finds a rank that at least `k · n` features reach, the second all that reach it.
+    ///
+    /// Where some rows have hardly any positive features the others must make up for them, and the first pass looks deeper; it
+    /// holds as many ranks as the result has entries, times what one step is deeper than the last.
     fn batch(&self, k: usize) -> Result<Codes> {
-        let n = self.source.n_rows();
-        let depth = (k * BATCH_DEPTH).min(self.encoder.d_sae());
-        let ranks = map_blocks(self.source, spread(n, SLOT_ROWS), self.context, |rows, first| {
-            let wanted = Wanted::Best { k: depth, positive: true };
-            let block = self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work))?;
-            Ok(block.entries.iter().map(|e| e.rank).collect::<Vec<_>>())
-        })?;
-        let least = batch_threshold(ranks.concat(), k * n);
-        self.context.done.store(0, Ordering::Relaxed);
+        let (n, d_sae) = (self.source.n_rows(), self.encoder.d_sae());
+        let mut depth = (k * BATCH_DEPTH).min(d_sae);
+        let ranks = loop {
+            let ranks = self.best_ranks(depth)?;
+            self.context.done.store(0, Ordering::Relaxed);
+            if ranks.len() >= k * n || depth == d_sae {
+                break ranks;
+            }
+            depth = (depth * BATCH_DEPTH).min(d_sae);
+        };
+        let least = batch_threshold(ranks, k * n);
         let mut blocks = self.list(Wanted::AtLeast(least))?;
         trim(&mut blocks, k * n);
         Ok(ragged(blocks.into_iter().map(Listed::from).collect()))
+    }
+
+    /// The ranks of the `depth` best positive features of every row.
+    fn best_ranks(&self, depth: usize) -> Result<Vec<f64>> {
+        let ranks =
+            map_blocks(self.source, spread(self.source.n_rows(), SLOT_ROWS), self.context, |rows, first| {
+                let wanted = Wanted::Best { k: depth, positive: true };
+                let block = self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work))?;
+                Ok(block.entries.iter().map(|e| e.rank).collect::<Vec<_>>())
+            })?;
+        Ok(ranks.concat())
     }
 
     fn with_workspace<T>(&self, rows: Rows<'_>, work: impl FnOnce(&mut Workspace) -> Result<T>) -> Result<T> {

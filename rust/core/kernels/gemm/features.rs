@@ -133,8 +133,8 @@ impl Plan {
                 columns.scale[c] = (f64::from(rounding.step) * weight) as f32;
                 columns.norm[c] = up(norm * weight);
                 columns.residual[c] = up(rounding.share * weight);
-                let slack = (bias.abs() * weight + terms.threshold[c].abs()) * EPILOGUE_BIAS;
-                columns.bias[c] = up(bias * weight - terms.threshold[c] + slack);
+                let slack = (bias.abs() + terms.threshold[c].abs()) * weight * EPILOGUE_BIAS;
+                columns.bias[c] = up((bias - terms.threshold[c]) * weight + slack);
             }
             columns.offset[c] = -i32::from(self.offset()) * sum;
             if let Some(isa) = self.halves {

@@ -91,6 +91,7 @@ pub struct Plan {
     /// The path of the second bounds, where there are any.
     pub(super) halves: Option<Isa>,
     pub(super) centre: Option<Vec<f32>>,
+    pub(super) centre_norm: f64,
 }
 
 impl Plan {
@@ -142,7 +143,8 @@ impl Plan {
         } else {
             None
         };
-        Self { isa, screen, certificate, d, rotation: Rotation::new(d), halves, centre }
+        let centre_norm = centre.as_deref().map_or(0.0, |centre| dots::dot(isa, centre, centre).sqrt());
+        Self { isa, screen, certificate, d, rotation: Rotation::new(d), halves, centre, centre_norm }
     }
 
     /// The path taken.

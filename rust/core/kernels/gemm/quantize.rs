@@ -73,10 +73,17 @@ impl Rounding {
     /// No rounding at all.
     pub const EXACT: Self = Self { step: 1.0, residual: 0.0, share: 0.0 };
 
+    /// From the squares of the errors in units of `unit`, which lets none of them leave the range of f32.
     #[inline(always)]
-    fn certain(step: f32, squares: [f32; 16]) -> Self {
+    fn certain(step: f32, unit: f64, squares: [f32; 16]) -> Self {
         // The factor covers the rounding of the squares and of their f32 sums.
-        let residual = squares.into_iter().map(f64::from).sum::<f64>().sqrt() * 1.001;
+        let residual = squares.into_iter().map(f64::from).sum::<f64>().sqrt() * unit * 1.001;
+        Self { step, residual, share: residual }
+    }
+
+    /// Of a vector too small for a grid: all of it is rounded away, or may be.
+    fn nothing_kept(step: f32, v: &[f32]) -> Self {
+        let residual = v.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt() * 1.001;
         Self { step, residual, share: residual }
     }
 }
@@ -124,12 +131,15 @@ fn bytes_body<const FUSED: bool>(v: &[f32], limits: Limits, dither: Option<u32>,
     let mut round = |i: usize, l: usize, v: f32| {
         let shift = dither.map_or(0.0, |seed| noise(i as u32, seed) - 0.5);
         let sum = v * inverse + shift + MAGIC;
-        let e = v - (sum - MAGIC) * step;
+        let e = (v - (sum - MAGIC) * step) * inverse;
         squares[l] += e * e;
         sum.to_bits() as u8
     };
     each(v, to, &mut round);
-    let certain = Rounding::certain(step, squares);
+    if step == 0.0 {
+        return Rounding::nothing_kept(step, v);
+    }
+    let certain = Rounding::certain(step, step.into(), squares);
     match dither {
         Some(_) => Rounding { share: certain.residual.min(f64::from(step) * hoeffding()), ..certain },
         None => certain,
@@ -157,12 +167,15 @@ fn words_body<const FUSED: bool>(v: &[f32], norm: f64, to: &mut [i16]) -> Roundi
     let mut squares = [0.0_f32; 16];
     let mut round = |_: usize, l: usize, v: f32| {
         let sum = v * inverse + MAGIC;
-        let e = v - (sum - MAGIC) * step;
+        let e = (v - (sum - MAGIC) * step) * inverse;
         squares[l] += e * e;
         sum.to_bits() as i16
     };
     each(v, to, &mut round);
-    let mut rounding = Rounding::certain(step, squares);
+    if step == 0.0 {
+        return Rounding::nothing_kept(step, v);
+    }
+    let mut rounding = Rounding::certain(step, step.into(), squares);
     // `q · step` has up to 15 bits more than a byte's, and its rounding may hide that much of the residual.
     rounding.residual += norm * 2.0_f64.powi(-23);
     rounding.share = rounding.residual;
@@ -178,18 +191,19 @@ per_isa! {
 
 #[inline(always)]
 fn brain_floats_body<const FUSED: bool>(v: &[f32], to: &mut [u16]) -> Rounding {
+    let (unit, inverse) = steps(largest(v).into());
     let mut squares = [0.0_f32; 16];
     let mut round = |_: usize, l: usize, v: f32| {
         let bits = v.to_bits();
         let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
         // The dot product instruction takes subnormal numbers for zero.
         let rounded = if rounded & 0x7f80 == 0 { 0 } else { rounded };
-        let e = v - f32::from_bits(rounded << 16);
+        let e = (v - f32::from_bits(rounded << 16)) * inverse;
         squares[l] += e * e;
         rounded as u16
     };
     each(v, to, &mut round);
-    Rounding::certain(1.0, squares)
+    if unit == 0.0 { Rounding::nothing_kept(1.0, v) } else { Rounding::certain(1.0, unit.into(), squares) }
 }
 
 per_isa! {

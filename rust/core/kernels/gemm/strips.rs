@@ -67,8 +67,8 @@ impl Plan {
             let line = &mut strips.lines[i / ROWS];
             line.scale[i % ROWS] = rounding.step;
             // Half an ulp per element is what subtracting the centre may have cost.
-            line.slack[i % ROWS] =
-                up(rounding.share + norm * (self.accumulation(floats) + 2.0_f64.powi(-23)));
+            let accumulation = norm * (self.accumulation(floats) + 2.0_f64.powi(-23));
+            line.slack[i % ROWS] = up(rounding.share + accumulation + self.scoring(norm));
             line.norm[i % ROWS] = up(norm + rounding.residual);
             let strip = &mut strips.words[i / ROWS * ROWS * steps..][..ROWS * steps];
             let offset = self.offset();
@@ -91,9 +91,15 @@ impl Plan {
         for (x, to) in x.chunks_exact(self.d).zip(halves.x.chunks_exact_mut(self.d)) {
             let norm = dot(isa, x, x).sqrt();
             let rounding = quantize::brain_floats(isa, x, to);
-            halves.slack.push(up(rounding.share + norm * self.accumulation(true)));
+            halves.slack.push(up(rounding.share + norm * self.accumulation(true) + self.scoring(norm)));
             halves.norm.push(up(norm + rounding.residual));
         }
+    }
+
+    /// What rounding in f64 may add to a score, per unit of the feature's norm; `norm` is that of the row, centred or not. It
+    /// shows where a row and the centre are far larger than their difference.
+    fn scoring(&self, norm: f64) -> f64 {
+        (norm + 2.0 * self.centre_norm) * (self.d + 64) as f64 * 2.0_f64.powi(-52)
     }
 
     fn centred(&self, x: &[f32], to: &mut [f32]) {

@@ -46,7 +46,7 @@ pub struct Lines {
 pub struct Columns {
     /// Step of the quantised feature, or 1 where the screen keeps floats, times the feature's weight.
     pub scale: [f32; COLS],
-    /// Bias less the feature's own threshold, rounded up. Minus infinity in padding.
+    /// Bias less the feature's own threshold, times the feature's weight, rounded up. Minus infinity in padding.
     pub bias: [f32; COLS],
     /// Norm of the feature.
     pub norm: [f32; COLS],
