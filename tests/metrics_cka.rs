@@ -106,6 +106,39 @@ fn cka_of_a_layer_with_itself_is_one_and_of_independent_layers_near_zero() {
 }
 
 #[test]
+fn a_few_rows_a_thousand_times_larger_leave_the_digits_of_the_others() {
+    // Massive activations: the rows of the first tokens. Wide layers take the Gram form where the choice is free.
+    for (n, d, size, every) in
+        [(120, 8, 1e4_f32, 1000), (300, 40, 1e3, 100), (500, 64, 300.0, 64), (40, 300, 1e3, 1000)]
+    {
+        let (mut x, e) = (gaussian(n, d, 7), gaussian(n, d, 8));
+        let mut y: Vec<f32> = x.iter().zip(&e).map(|(x, e)| x + e + 3.0).collect();
+        for layer in [&mut x, &mut y] {
+            layer.chunks_mut(d).skip(5).step_by(every).flatten().for_each(|v| *v *= size);
+        }
+        let expected = definition(&x, d, &y, d, Estimator::Debiased);
+        for form in [None, Some(Form::Feature)] {
+            let whole = matrix(&[(&x, d), (&y, d)], Estimator::Debiased, form, 1 << 28).unwrap();
+            let off = (whole.values[1] - expected).abs();
+            assert!(off < 1e-6, "{form:?} n={n} d={d} size={size}: off by {off} of {expected}");
+        }
+    }
+}
+
+#[test]
+fn heavy_rows_are_the_same_bits_whatever_the_budget() {
+    let (n, d) = (700, 200);
+    let mut x = gaussian(n, d, 9);
+    let mut y: Vec<f32> = gaussian(n, d, 10).iter().zip(&x).map(|(e, x)| e + x).collect();
+    x.chunks_mut(d).step_by(150).flatten().for_each(|v| *v *= 900.0);
+    y[300 * d..301 * d].iter_mut().for_each(|v| *v *= 4000.0);
+    let of = |budget| matrix(&[(&x, d), (&y, d)], Estimator::Debiased, Some(Form::Feature), budget).unwrap();
+    let (roomy, tight) = (of(1 << 28), of(1 << 20));
+    assert_eq!(roomy.values[1].to_bits(), tight.values[1].to_bits());
+    assert!((roomy.values[1] - definition(&x, d, &y, d, Estimator::Debiased)).abs() < 1e-6);
+}
+
+#[test]
 fn scale_and_offset_do_not_change_cka() {
     let (n, d) = (400, 50);
     let x = gaussian(n, d, 3);

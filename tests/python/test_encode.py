@@ -262,3 +262,26 @@ def test_bad_input_is_refused_with_the_argument_named(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_norms_rank_and_do_not_gate():
+    x, W, b, _ = data(200, 48, 300, seed=3)
+    norms = np.random.default_rng(4).uniform(0.05, 5, 300).astype(np.float32)
+    for options in ({"activation": "jump_relu", "threshold": np.float32(0.7)}, {"activation": "relu"}):
+        plain, normed = (mt.TopKEncoder(W, b, norms=n, **options)(x) for n in (None, norms))
+        assert np.array_equal(plain.to_dense(), normed.to_dense())
+        pre = pre_activations(x, W, b)
+        assert np.array_equal(plain.to_dense() > 0, pre > options.get("threshold", 0))
+
+
+def test_batch_topk_over_rows_most_of_which_are_empty():
+    n, k = 400, 4
+    x, W, _, _ = data(n, 24, 200, seed=5)
+    x[np.random.default_rng(6).permutation(n)[: n * 19 // 20]] = 0
+    codes = mt.TopKEncoder(W, k=k, activation="batch_topk")(x)
+    pre = pre_activations(x, W).ravel()
+    chosen = np.argsort(-pre, kind="stable")[: k * n]
+    expected = np.zeros_like(pre)
+    expected[chosen] = np.maximum(pre[chosen], 0)
+    assert len(codes.values) == min(k * n, int((pre > 0).sum()))
+    np.testing.assert_allclose(codes.to_dense().ravel(), expected, rtol=1e-6)

@@ -486,3 +486,32 @@ def test_bad_input_is_refused_by_name(case):
         call()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda codes, groups: metrics.feature_stats(codes, by=groups),
+        lambda codes, groups: metrics.top_samples(codes, {"sample": groups, "position": groups}, by=groups),
+    ],
+    ids=["feature_stats", "top_samples"],
+)
+def test_more_groups_than_memory_are_refused_before_any_work(count):
+    n = 100_000
+    codes = SparseCodes(np.zeros((n, 1), np.uint32), np.ones((n, 1), F32), d_sae=1 << 17)
+    with pytest.raises(MemoryError, match="Use fewer groups"):
+        count(codes, np.arange(n))
+
+
+def test_negative_activations_are_kept_in_every_form():
+    codes = SparseCodes(np.array([[1, 0], [2, 1]], np.uint32), np.array([[2.0, -1.5], [-0.5, 0.0]], F32), 3)
+    dense = np.array([[-1.5, 2.0, 0.0], [0.0, 0.0, -0.5]], F32)
+    assert np.array_equal(codes.to_dense(), dense)
+    assert np.array_equal(codes.to_ragged().to_dense(), dense)
+    assert np.array_equal(codes.decode(np.eye(3, dtype=F32)), dense)
+
+
+def test_row_pointers_that_fall_are_refused_whatever_their_type():
+    for dtype in (np.int64, np.uint64):
+        with pytest.raises(ShapeError, match="indptr"):
+            metrics.RaggedCodes(np.array([0, 2, 1, 3], dtype), np.zeros(3, np.uint32), np.ones(3, F32), 4)

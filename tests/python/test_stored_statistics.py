@@ -102,3 +102,21 @@ def test_the_gap_is_resampled_span_by_span(both, span, monkeypatch, largest):
     assert 0 < largest[0] <= BLOCK
     swapped = frequency_gap(held[2], held[3], found, rows, replicates=70, seed=4).gap
     assert np.array_equal(swapped, -expected["frequency_gap"].to_numpy())
+
+
+def test_fvu_of_stored_codes_copies_no_rows(store, both, monkeypatch):
+    codes, found = both
+    W_dec = np.random.default_rng(1).standard_normal((D_SAE, 64), dtype=np.float32)
+    acts = store[HOOK].take(np.random.default_rng(2).permutation(N))
+    expected = mt.fvu(acts, codes, W_dec=W_dec)
+    monkeypatch.setattr(mt.Activations, "__getitem__", None)
+    assert mt.fvu(acts, found, W_dec=W_dec) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.uint64])
+def test_row_numbers_may_be_of_any_integer_type(store, both, dtype):
+    rows = np.array([3, 0, 99], dtype)
+    assert (store[HOOK][rows] == store[HOOK][[3, 0, 99]]).all()
+    assert np.array_equal(both[1][rows].to_dense(), both[0].to_dense()[[3, 0, 99]])
+    if dtype == np.int8:
+        assert np.array_equal(both[1][np.array([-1], dtype)].to_dense(), both[0].to_dense()[-1:])

@@ -39,7 +39,8 @@ def linear_cka(
         x: (n, d_x) tensor, array or :class:`~microtome.Activations`, of float32, float16 or bfloat16.
         y: (n, d_y), row ``i`` belonging to row ``i`` of ``x``.
         debiased: take the U-statistic, which needs 4 rows; else the biased estimator of Kornblith et al.
-        memory_budget: bytes to use beyond the inputs. The result does not depend on it.
+        memory_budget: bytes to use beyond the inputs. Where it has no room for the cheaper of two forms the other one is
+            taken, and the last bits differ.
         progress: draw a bar on a terminal.
 
     Returns:
@@ -76,8 +77,8 @@ def cka_matrix(
         xs: representations of the same rows, as :func:`linear_cka` takes them; widths may differ.
         ys: a second list, or None for all pairs of ``xs``.
         debiased: as in :func:`linear_cka`.
-        memory_budget: bytes to use beyond the inputs. With less, the rows are read more often, to the
-            same result.
+        memory_budget: bytes to use beyond the inputs. With less, the rows are read more often, to the same result; where
+            it has no room for the cheaper of two forms the other one is taken, and the last bits differ.
         progress: draw a bar on a terminal.
 
     Returns:

@@ -72,7 +72,7 @@ class SparseCodes:
 
     def to_csr(self) -> CSR:
         """``(indptr, indices, values)`` without the empty slots."""
-        filled = self.values > 0  # (n, k)
+        filled = self.values != 0  # (n, k)
         return row_pointers(filled.sum(1)), self.indices[filled], self.values[filled]
 
     def to_ragged(self) -> RaggedCodes:
@@ -124,12 +124,11 @@ class RaggedCodes:
             raise ShapeError(
                 f"indices: expected one per value {self.values.shape}, found shape {self.indices.shape}"
             )
-        steps = np.diff(self.indptr)
         if (
             self.indptr.ndim != 1
             or self.indptr[0] != 0
             or self.indptr[-1] != len(self.indices)
-            or (steps < 0).any()
+            or (self.indptr[1:] < self.indptr[:-1]).any()
         ):
             raise ShapeError(f"indptr: expected to rise from 0 to {len(self.indices)}, found {self.indptr}")
         _check_width(self.indices, self.d_sae)

@@ -206,6 +206,6 @@ def _threshold(threshold: Any, d_sae: int, activation: str) -> npt.NDArray[np.fl
         raise ShapeError(
             f"threshold: expected a number or shape ({d_sae},) with activation 'jump_relu', found None"
         )
-    if isinstance(threshold, int | float):
-        return np.full(d_sae, threshold, np.float32)
+    if np.ndim(threshold) == 0:
+        return np.full(d_sae, float(threshold), np.float32)
     return tensors.core_vector(threshold, "threshold", d_sae)

@@ -59,7 +59,9 @@ def fvu(x: Any, x_hat: Any, *, W_dec: Any = None, b_dec: Any = None, progress: b
                 raise ShapeError(f"x_hat: expected codes of {len(x)} rows, as x, found {len(x_hat)}")
             stored = hasattr(x_hat, "blocks")
             for span, block in code_blocks(x_hat):
-                source = tensors.core_source(x[span] if stored else x, "x")
+                # Of a store only what is decoded is read, a block at a time.
+                some = x.take(span) if hasattr(x, "_selection") else x[span]
+                source = tensors.core_source(some if stored else x, "x")
                 state.update_codes(source, block, decoder.W_dec, decoder.b_dec, offset(done, span.start))
         else:
             state.update(tensors.core_source(x, "x"), tensors.core_source(x_hat, "x_hat"), done)

@@ -32,4 +32,7 @@ def places(rows: Any, n: int) -> npt.NDArray[np.uint64]:
     wrong = (values >= n) | (values < -n) if values.dtype.kind == "i" else values >= n
     if wrong.any():
         raise ShapeError(f"rows: expected numbers below {n}, found {values[wrong][0]}")
-    return np.ascontiguousarray(np.where(values < 0, values + n, values).astype(np.uint64))
+    if values.dtype.kind == "i":
+        values = values.astype(np.int64)
+        values = np.where(values < 0, values + n, values)
+    return np.ascontiguousarray(values.astype(np.uint64))

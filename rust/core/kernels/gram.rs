@@ -53,6 +53,13 @@ fn sides(kernel: Kernel, d: usize, slab: &mut [f32]) -> [(usize, &mut [f32]); 2]
 /// Partial sums of norms and dot products: part of their definition.
 const LANES: usize = 32;
 
+/// Squared norm, in units of what is usual, from which a row is heavy.
+const HEAVY: f64 = 64.0;
+/// Rows that medians are taken from, at most twice as many.
+const MEDIAN_ROWS: usize = 64;
+/// Share of the sampled rows whose distances from the middle are usual.
+const USUAL: f64 = 0.9;
+
 /// What is taken off the rows of a matrix, and by which power of two they are multiplied, before anything is squared.
 #[derive(Clone, Debug)]
 pub struct Frame {
@@ -61,24 +68,41 @@ pub struct Frame {
     pub shift: Vec<f32>,
     /// A power of two that brings the largest value near 1, so that squares neither overflow nor vanish.
     pub scale: f32,
+    /// Squared norm, shifted and scaled, that nine of ten sampled rows keep to.
+    pub usual: f64,
 }
 
 impl Frame {
     /// The frame of a sample of rows, given as `f32` row after row of width `d`.
+    ///
+    /// The mean is that of the rows that are not heavy: one row a thousand times larger than the others would take it far
+    /// from all of them.
     pub fn of(sample: &[f32], d: usize) -> Self {
-        let n = (sample.len() / d).max(1) as f64;
+        let middle = medians(sample, d);
+        let distances: Vec<f64> = sample.chunks_exact(d).map(|row| distance(row, &middle)).collect();
+        let most = HEAVY * usual(&distances);
+        let light = || sample.chunks_exact(d).zip(&distances).filter(|(_, at)| **at <= most);
+        let n = light().count().max(1) as f64;
         let mut sums = vec![0.0_f64; d];
-        for row in sample.chunks_exact(d) {
+        for (row, _) in light() {
             sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x));
         }
         let shift: Vec<f32> = sums.iter().map(|sum| (sum / n) as f32).collect();
+        let distances: Vec<f64> = sample.chunks_exact(d).map(|row| distance(row, &shift)).collect();
         let mut largest = vec![0.0_f32; d];
         for row in sample.chunks_exact(d) {
             for ((top, x), c) in largest.iter_mut().zip(row).zip(&shift) {
                 *top = top.max((x - c).abs());
             }
         }
-        Self { scale: power_of_two_below_inverse(largest.into_iter().fold(0.0, f32::max)), shift }
+        let scale = power_of_two_below_inverse(largest.into_iter().fold(0.0, f32::max));
+        let usual = usual(&distances) * f64::from(scale) * f64::from(scale);
+        Self { shift, scale, usual }
+    }
+
+    /// Whether a row of this squared norm is so much larger than the others that sums of `f32` with it would lose theirs.
+    pub fn is_heavy(&self, norm: f64) -> bool {
+        norm > HEAVY * self.usual
     }
 
     /// Widens row `i` of `rows` into `out`, shifted and scaled; adds it to `sums` and returns its squared norm.
@@ -91,6 +115,31 @@ impl Frame {
     pub fn project(&self, isa: Isa, row: &[f32], weights: &[f64]) -> f64 {
         weigh(isa, row, &self.shift, self.scale, weights)
     }
+}
+
+/// The median of every column, over rows spread evenly.
+fn medians(sample: &[f32], d: usize) -> Vec<f32> {
+    let step = (sample.len() / d / MEDIAN_ROWS).max(1);
+    let mut column = Vec::with_capacity(2 * MEDIAN_ROWS);
+    let median = |c: usize| {
+        column.clear();
+        column.extend(sample.chunks_exact(d).step_by(step).map(|row| row[c]));
+        let middle = column.len() / 2;
+        if column.is_empty() { 0.0 } else { *column.select_nth_unstable_by(middle, f32::total_cmp).1 }
+    };
+    (0..d).map(median).collect()
+}
+
+/// Squared distance.
+fn distance(row: &[f32], from: &[f32]) -> f64 {
+    row.iter().zip(from).map(|(x, c)| (f64::from(*x) - f64::from(*c)).powi(2)).sum()
+}
+
+/// What [`USUAL`] of the squared distances keep to.
+fn usual(distances: &[f64]) -> f64 {
+    let mut sorted = distances.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    sorted.get(((sorted.len().max(1) - 1) as f64 * USUAL) as usize).copied().unwrap_or(0.0)
 }
 
 #[inline(always)]

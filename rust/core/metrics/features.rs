@@ -68,6 +68,8 @@ pub trait FeatureFold: Sync {
     fn n_groups(&self) -> usize;
     /// Rows per block of the grid; a property of the fold, whatever the number of threads.
     fn block_rows(&self) -> usize;
+    /// Number of cells: one for each feature in each group.
+    fn n_cells(&self) -> usize;
     /// Empty cells, group by group.
     fn cells(&self) -> Vec<Self::Cell>;
     /// An empty partial result.
@@ -90,6 +92,7 @@ pub trait FeatureFold: Sync {
 #[derive(Debug)]
 pub struct Accumulator<F: FeatureFold> {
     fold: F,
+    /// Nothing before the first update, which knows the memory budget.
     cells: Vec<F::Cell>,
     /// The block of the grid that the rows so far have begun but not filled, and its number of rows.
     open: Option<(F::Partial, usize)>,
@@ -98,16 +101,21 @@ pub struct Accumulator<F: FeatureFold> {
 impl<F: FeatureFold> Accumulator<F> {
     /// No rows yet.
     pub fn new(fold: F) -> Self {
-        Self { cells: fold.cells(), fold, open: None }
+        Self { cells: Vec::new(), fold, open: None }
     }
 
     /// Adds the next rows. As many blocks are in flight as the pool has threads and the memory budget allows.
     ///
     /// # Errors
-    /// [`Error::Memory`] when one partial result exceeds the budget; [`Error::Cancelled`]; what the fold returns. The
-    /// state is of no use afterwards.
+    /// [`Error::Memory`] when the cells, or one partial result, exceed the budget; [`Error::Cancelled`]; what the fold returns.
+    /// The state is of no use afterwards.
     pub fn update(&mut self, block: &Labelled<'_>, context: &Context<'_>) -> Result<()> {
         block.check(self.fold.n_groups())?;
+        if self.cells.is_empty() {
+            let bytes = self.fold.n_cells().saturating_mul(size_of::<F::Cell>());
+            in_flight("the cells of all features and groups", bytes, "Use fewer groups", context)?;
+            self.cells = self.fold.cells();
+        }
         let (n, height) = (block.codes.n(), self.fold.block_rows());
         let bytes = self.fold.partial_bytes();
         let in_flight = in_flight("one block of feature cells", bytes, "Use fewer groups", context)?;
@@ -138,6 +146,8 @@ impl<F: FeatureFold> Accumulator<F> {
     pub fn finish(mut self, context: &Context<'_>) -> Result<(F, Vec<F::Cell>)> {
         if let Some((partial, _)) = self.open.take() {
             self.merge(&[(partial, 0)], context)?;
+        } else if self.cells.is_empty() {
+            self.cells = self.fold.cells();
         }
         Ok((self.fold, self.cells))
     }

@@ -45,6 +45,10 @@ impl FeatureFold for Firing {
         self.block_rows
     }
 
+    fn n_cells(&self) -> usize {
+        self.n_groups.saturating_mul(self.d_sae)
+    }
+
     fn cells(&self) -> Vec<Moments> {
         vec![Moments::default(); self.n_groups * self.d_sae]
     }
@@ -54,7 +58,7 @@ impl FeatureFold for Firing {
     }
 
     fn partial_bytes(&self) -> usize {
-        self.n_groups * self.d_sae * size_of::<Moments>()
+        self.n_cells().saturating_mul(size_of::<Moments>())
     }
 
     fn update(

@@ -176,6 +176,10 @@ impl FeatureFold for TopSamples {
     type Cell = Best;
     type Partial = Vec<Vec<Candidate>>;
 
+    fn n_cells(&self) -> usize {
+        self.n_groups.saturating_mul(self.n_lists)
+    }
+
     fn cells(&self) -> Vec<Best> {
         vec![Best::default(); self.n_groups * self.n_lists]
     }

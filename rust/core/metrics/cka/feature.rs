@@ -9,6 +9,9 @@
 //!
 //! `X'b` for all layers comes out of the same products: the norms of all layers are packed as one more layer.
 //!
+//! Taking the diagonal out is a difference of fourth powers of norms, and a row a hundred times larger than the others would
+//! leave nothing of theirs to sums of `f32`. Such [heavy rows](Heavy) stay out of the panels and are added in `f64`.
+//!
 //! Tiles that do not fit into the memory budget at once are done in rounds, each of which reads the rows again.
 
 use std::ops::Range;
@@ -49,6 +52,21 @@ struct Layout {
     widths: Vec<usize>,
     /// Where every layer begins within a slab, and where the slab ends.
     first: Vec<usize>,
+    /// Where every layer begins within a heavy row.
+    offsets: Vec<usize>,
+}
+
+/// A row whose norm in some layer is far beyond what is usual there: all layers side by side, shifted and scaled, and its norms.
+struct Heavy {
+    row: usize,
+    values: Vec<f32>,
+    norms: Vec<f64>,
+}
+
+/// What packing a slab found.
+struct Packed {
+    margins: Vec<Margins>,
+    heavy: Vec<Heavy>,
 }
 
 impl Layout {
@@ -73,7 +91,8 @@ impl Layout {
                 tiles.extend(blocks_of[m].iter().filter(|&&b| l != m || a <= b).map(|&b| Tile { a, b }));
             }
         }
-        Self { kernel, blocks, tiles, widths, first }
+        let offsets = widths.iter().scan(0, |end, d| Some(std::mem::replace(end, *end + d))).collect();
+        Self { kernel, blocks, tiles, widths, first, offsets }
     }
 
     /// Numbers in a slab of all layers.
@@ -84,6 +103,23 @@ impl Layout {
     /// Where a layer lies within a slab.
     fn layer(&self, layer: usize) -> Range<usize> {
         self.first[layer]..self.first[layer + 1]
+    }
+
+    /// The columns of a block in a heavy row.
+    fn columns<'a>(&'a self, block: usize, heavy: &'a Heavy) -> impl Iterator<Item = f64> + Clone + 'a {
+        let Block { layer, columns } = &self.blocks[block];
+        let start = self.offsets[*layer];
+        columns.clone().map(move |c| {
+            if *layer + 1 == self.widths.len() { heavy.norms[c] } else { heavy.values[start + c].into() }
+        })
+    }
+
+    /// Adds a heavy row to the tile of two blocks.
+    fn add_heavy(&self, Tile { a, b }: Tile, heavy: &Heavy, product: &mut [f64]) {
+        let right: Vec<f64> = self.columns(b, heavy).collect();
+        for (x, line) in self.columns(a, heavy).zip(product.chunks_exact_mut(TILE)) {
+            line.iter_mut().zip(&right).for_each(|(sum, y)| *sum += x * y);
+        }
     }
 
     /// Where one side of a block lies within a slab.
@@ -99,6 +135,8 @@ struct Totals {
     sums: Vec<Vec<f64>>,
     norms: Vec<f64>,
     norm_products: Vec<f64>,
+    /// Numbers of the heavy rows, rising: what every round takes out of the panels.
+    heavy: Vec<usize>,
 }
 
 /// The sums of HSIC by the feature form.
@@ -111,6 +149,7 @@ pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
         sums: problem.widths().map(|d| vec![0.0; d]).collect(),
         norms: vec![0.0; count],
         norm_products: vec![0.0; count * count],
+        heavy: Vec::new(),
     };
     let rounds = layout.tiles.len().div_ceil(per_round);
     for (round, tiles) in layout.tiles.chunks(per_round).enumerate() {
@@ -128,7 +167,8 @@ pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
 
 /// Slabs in a chunk and tiles in a round, from the memory budget.
 fn plan(layout: &Layout, problem: &Problem<'_>, context: &Context<'_>) -> Result<(usize, usize)> {
-    let (slab, tile) = (layout.slab_len() * size_of::<f32>(), TILE_LEN * size_of::<f64>());
+    // A row takes its place on both sides of a slab, and half as much once more where it is heavy.
+    let (slab, tile) = (layout.slab_len() * size_of::<f32>() * 3 / 2, TILE_LEN * size_of::<f64>());
     let slabs = problem.n.div_ceil(DEPTH).min(CHUNK_SLABS.max(threads()));
     let chunk = (context.memory_budget / 2 / slab).clamp(1, slabs);
     let tiles = context.memory_budget.saturating_sub(chunk * slab) / tile;
@@ -167,21 +207,26 @@ fn multiply(
     for first in (0..n).step_by(chunk * DEPTH) {
         let rows = (n - first).min(chunk * DEPTH);
         let packed = &mut packed[..rows.div_ceil(DEPTH) * slab_len];
-        let margins = map_pieces(packed, slab_len, context, |i, out| {
+        let known = (round > 0).then_some(&totals.heavy[..]);
+        let slabs = map_pieces(packed, slab_len, context, |i, out| {
             let start = first + i * DEPTH;
-            pack_slab(problem, layout, &used, start..n.min(start + DEPTH), out)
+            pack_slab(problem, layout, &used, start..n.min(start + DEPTH), known, out)
         })?;
         if round == 0 {
-            for slab in &margins {
-                totals.add(slab);
+            for slab in &slabs {
+                totals.add(&slab.margins);
+                totals.heavy.extend(slab.heavy.iter().map(|heavy| heavy.row));
             }
         }
         fill_pieces(&mut products, TILE_LEN, context, |t, product| {
             let Tile { a, b } = tiles[t];
             let (left, right) = (layout.side(a, Side::Left), layout.side(b, Side::Right));
-            for (i, slab) in packed.chunks_exact(slab_len).enumerate() {
+            for (i, (slab, Packed { heavy, .. })) in packed.chunks_exact(slab_len).zip(&slabs).enumerate() {
                 let depth = (rows - i * DEPTH).min(DEPTH);
                 add_slab(layout.kernel, &slab[left.clone()], &slab[right.clone()], depth, a == b, product);
+                for heavy in heavy {
+                    layout.add_heavy(tiles[t], heavy, product);
+                }
             }
             Ok(())
         })?;
@@ -191,34 +236,78 @@ fn multiply(
     Ok(products)
 }
 
-/// Packs one slab of rows of the layers in use, and their norms behind them.
+/// Packs one slab of rows of the layers in use, and their norms behind them; without the heavy rows, which are `known` after the
+/// first round.
 fn pack_slab(
     problem: &Problem<'_>,
     layout: &Layout,
     used: &[bool],
     range: Range<usize>,
+    known: Option<&[usize]>,
     out: &mut [f32],
-) -> Result<Vec<Margins>> {
+) -> Result<Packed> {
     let mut buffer = Buffer::default();
     let mut margins = Vec::with_capacity(problem.layers.len());
-    for (l, layer) in problem.layers.iter().enumerate() {
-        if !used[l] {
-            continue;
-        }
+    let mut is_heavy = vec![false; range.len()];
+    for row in known.unwrap_or_default().iter().filter(|row| range.contains(row)) {
+        is_heavy[row - range.start] = true;
+    }
+    for (l, layer) in problem.layers.iter().enumerate().filter(|(l, _)| used[*l]) {
         let rows = layer.source.read(range.clone(), &mut buffer)?;
         let margin = pack_columns(problem.isa, &rows, &problem.frames[l], &mut out[layout.layer(l)]);
         problem.check(l, &rows, range.start, &margin)?;
+        if known.is_none() {
+            let heavy = margin.norms.iter().map(|norm| problem.frames[l].is_heavy(*norm));
+            is_heavy.iter_mut().zip(heavy).for_each(|(is, heavy)| *is |= heavy);
+        }
         margins.push(margin);
     }
+    let mut heavy: Vec<Heavy> = (0..range.len())
+        .filter(|&i| is_heavy[i])
+        .map(|i| Heavy {
+            row: range.start + i,
+            values: vec![0.0; layout.offsets[problem.layers.len()]],
+            norms: margins.iter().map(|m| m.norms[i]).collect(),
+        })
+        .collect();
+    take_out(problem, layout, used, &range, &mut heavy, out)?;
     if used[problem.layers.len()] {
         let out = &mut out[layout.layer(problem.layers.len())];
         let mut norms = vec![0.0; problem.layers.len()];
-        for i in 0..range.len() {
-            norms.iter_mut().zip(&margins).for_each(|(norm, m)| *norm = m.norms[i] as f32);
+        for (i, is_heavy) in is_heavy.into_iter().enumerate() {
+            let norm = |m: &Margins| if is_heavy { 0.0 } else { m.norms[i] as f32 };
+            norms.iter_mut().zip(&margins).for_each(|(to, m)| *to = norm(m));
             pack_step(layout.kernel, &norms, i, out);
         }
     }
-    Ok(margins)
+    Ok(Packed { margins, heavy })
+}
+
+/// Clears the heavy rows of a slab, after keeping what they hold.
+fn take_out(
+    problem: &Problem<'_>,
+    layout: &Layout,
+    used: &[bool],
+    range: &Range<usize>,
+    heavy: &mut [Heavy],
+    out: &mut [f32],
+) -> Result<()> {
+    if heavy.is_empty() {
+        return Ok(());
+    }
+    let mut buffer = Buffer::default();
+    for (l, layer) in problem.layers.iter().enumerate().filter(|(l, _)| used[*l]) {
+        let rows = layer.source.read(range.clone(), &mut buffer)?;
+        let (d, out) = (rows.d(), &mut out[layout.layer(l)]);
+        let (zeros, mut sums) = (vec![0.0; d], vec![0.0; d]);
+        for heavy in &mut *heavy {
+            let i = heavy.row - range.start;
+            let values = &mut heavy.values[layout.offsets[l]..][..d];
+            problem.frames[l].apply(problem.isa, &rows, i, values, &mut sums);
+            pack_step(layout.kernel, &zeros, i, out);
+        }
+    }
+    Ok(())
 }
 
 impl Totals {

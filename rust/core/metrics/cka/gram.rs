@@ -242,6 +242,10 @@ fn finish(
         Ok(row_sums)
     })?;
     let mut out = Sums::new(count);
+    for (frame, norms) in problem.frames.iter().zip(&norms) {
+        let largest = norms.iter().copied().fold(0.0, f64::max);
+        out.heaviest = out.heaviest.max(if largest > 0.0 { largest / frame.usual } else { 0.0 });
+    }
     for (&(l, m), inner) in problem.pairs.iter().zip(inner) {
         let diagonal = if debiased { 0.0 } else { dot(problem.isa, &norms[l], &norms[m]) };
         out.inner[l * count + m] = inner + diagonal;
