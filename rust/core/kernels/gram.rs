@@ -56,7 +56,7 @@ const LANES: usize = 32;
 /// Squared norm, in units of what is usual, from which a row is heavy.
 const HEAVY: f64 = 64.0;
 /// Rows that medians are taken from, at most twice as many.
-const MEDIAN_ROWS: usize = 64;
+const MEDIAN_ROWS: usize = 16;
 /// Share of the sampled rows whose distances from the middle are usual.
 const USUAL: f64 = 0.9;
 
@@ -80,15 +80,14 @@ impl Frame {
     pub fn of(sample: &[f32], d: usize) -> Self {
         let middle = medians(sample, d);
         let distances: Vec<f64> = sample.chunks_exact(d).map(|row| distance(row, &middle)).collect();
-        let most = HEAVY * usual(&distances);
-        let light = || sample.chunks_exact(d).zip(&distances).filter(|(_, at)| **at <= most);
+        let usual = usual(&distances);
+        let light = || sample.chunks_exact(d).zip(&distances).filter(|(_, at)| **at <= HEAVY * usual);
         let n = light().count().max(1) as f64;
         let mut sums = vec![0.0_f64; d];
         for (row, _) in light() {
             sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x));
         }
         let shift: Vec<f32> = sums.iter().map(|sum| (sum / n) as f32).collect();
-        let distances: Vec<f64> = sample.chunks_exact(d).map(|row| distance(row, &shift)).collect();
         let mut largest = vec![0.0_f32; d];
         for row in sample.chunks_exact(d) {
             for ((top, x), c) in largest.iter_mut().zip(row).zip(&shift) {
@@ -96,8 +95,7 @@ impl Frame {
             }
         }
         let scale = power_of_two_below_inverse(largest.into_iter().fold(0.0, f32::max));
-        let usual = usual(&distances) * f64::from(scale) * f64::from(scale);
-        Self { shift, scale, usual }
+        Self { shift, scale, usual: usual * f64::from(scale) * f64::from(scale) }
     }
 
     /// Whether a row of this squared norm is so much larger than the others that sums of `f32` with it would lose theirs.
@@ -132,7 +130,14 @@ fn medians(sample: &[f32], d: usize) -> Vec<f32> {
 
 /// Squared distance.
 fn distance(row: &[f32], from: &[f32]) -> f64 {
-    row.iter().zip(from).map(|(x, c)| (f64::from(*x) - f64::from(*c)).powi(2)).sum()
+    let mut lanes = [0.0_f64; LANES];
+    for (row, from) in row.chunks(LANES).zip(from.chunks(LANES)) {
+        for ((x, c), lane) in row.iter().zip(from).zip(&mut lanes) {
+            let off = f64::from(*x) - f64::from(*c);
+            *lane += off * off;
+        }
+    }
+    lanes.iter().sum()
 }
 
 /// What [`USUAL`] of the squared distances keep to.
