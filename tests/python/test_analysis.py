@@ -201,3 +201,11 @@ print(mt.analyse(acts, mt.TopKEncoder(eye, None, k=4), W_dec=eye).fvu, "torch" i
     acts, eye = mt.ActivationStore(tmp_path / "run")[stored.HOOK], np.eye(64, dtype=F32)
     assert float(fvu) == mt.analyse(acts, TopKEncoder(eye, None, k=4), W_dec=eye).fvu
     assert imported == "False"
+
+
+def test_a_row_that_is_refused_is_named_by_its_block():
+    topk, _ = stored_encoder()
+    x = np.zeros((5000, topk.d_in), np.float32)
+    x[4500, 2] = np.nan
+    with pytest.raises(NonFiniteError, match="row 404, column 2, counted from row 4096"):
+        mt.analyse(x, topk)

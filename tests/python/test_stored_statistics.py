@@ -120,3 +120,17 @@ def test_row_numbers_may_be_of_any_integer_type(store, both, dtype):
     assert np.array_equal(both[1][rows].to_dense(), both[0].to_dense()[[3, 0, 99]])
     if dtype == np.int8:
         assert np.array_equal(both[1][np.array([-1], dtype)].to_dense(), both[0].to_dense()[-1:])
+
+
+def test_a_dense_stretch_of_ragged_codes_is_read_in_smaller_blocks(store, monkeypatch):
+    counts = np.where(np.arange(N) // 256 == 1, 30, 1)
+    indices = np.concatenate([np.arange(count) for count in counts]).astype(np.uint32)
+    values = np.ones(len(indices), np.float32)
+    codes = mt.metrics.RaggedCodes(np.append(0, np.cumsum(counts)), indices, values, D_SAE)
+    found = write(store, codes, name="dense")
+    monkeypatch.setattr(features, "STORED_BLOCK_ROWS", 1024)
+    monkeypatch.setattr(features, "STORED_BLOCK_ENTRIES", 600)
+    blocks = list(features.code_blocks(found))
+    assert [(span.start, span.stop) for span, _ in blocks] == [(0, 256), (256, 512), (512, N)]
+    assert np.array_equal(np.concatenate([block[1] for _, block in blocks]), indices)
+    assert np.array_equal(mt.feature_stats(found).fires, mt.feature_stats(codes).fires)

@@ -30,7 +30,7 @@ STORED_BLOCK_ROWS = 1 << 20
 """Rows of stored codes that are read at a time: enough for every thread to have blocks of the grid."""
 
 STORED_BLOCK_ENTRIES = 1 << 26
-"""Entries that these rows have on average, at most: 512 MiB of indices and values."""
+"""Entries that these rows have, at most: 512 MiB of indices and values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,10 +235,29 @@ def code_blocks(codes: Codes | Any) -> Iterator[tuple[slice, CoreCodes]]:
     if not hasattr(codes, "blocks"):
         yield slice(0, len(codes)), core_codes(codes)
         return
-    start = 0
-    for block in codes.blocks(stored_block_rows(codes)):
-        yield slice(start, start + len(block)), core_codes(block)
-        start += len(block)
+    for span in _stored_spans(codes):
+        yield span, core_codes(codes[span])
+
+
+def _stored_spans(codes: Any) -> Iterator[slice]:
+    """Rows of stored codes to read at a time, whole blocks of the FVU's grid: ragged ones as their entries allow."""
+    grid = _core.FVU_BLOCK_ROWS
+    height = (
+        stored_block_rows(codes) if not hasattr(codes, "fires") else max(STORED_BLOCK_ROWS // grid, 1) * grid
+    )
+    for start in range(0, len(codes), height):
+        stop = min(start + height, len(codes))
+        if hasattr(codes, "fires"):
+            entries = np.add.reduceat(
+                codes.fires[start:stop], np.arange(0, stop - start, grid), dtype=np.int64
+            )
+            held = 0
+            for here, some in zip(range(start, stop, grid), entries.tolist(), strict=True):
+                if held and held + some > STORED_BLOCK_ENTRIES:
+                    yield slice(start, here)
+                    start, held = here, 0
+                held += some
+        yield slice(start, stop)
 
 
 def stored_block_rows(codes: Any) -> int:
