@@ -241,23 +241,23 @@ def code_blocks(codes: Codes | Any) -> Iterator[tuple[slice, CoreCodes]]:
 
 def _stored_spans(codes: Any) -> Iterator[slice]:
     """Rows of stored codes to read at a time, whole blocks of the FVU's grid: ragged ones as their entries allow."""
+    if not hasattr(codes, "fires"):
+        height = stored_block_rows(codes)
+        yield from (slice(start, min(start + height, len(codes))) for start in range(0, len(codes), height))
+        return
     grid = _core.FVU_BLOCK_ROWS
-    height = (
-        stored_block_rows(codes) if not hasattr(codes, "fires") else max(STORED_BLOCK_ROWS // grid, 1) * grid
-    )
+    height = max(STORED_BLOCK_ROWS // grid, 1) * grid
     for start in range(0, len(codes), height):
         stop = min(start + height, len(codes))
-        if hasattr(codes, "fires"):
-            entries = np.add.reduceat(
-                codes.fires[start:stop], np.arange(0, stop - start, grid), dtype=np.int64
-            )
-            held = 0
-            for here, some in zip(range(start, stop, grid), entries.tolist(), strict=True):
-                if held and held + some > STORED_BLOCK_ENTRIES:
-                    yield slice(start, here)
-                    start, held = here, 0
-                held += some
-        yield slice(start, stop)
+        fires = codes.fires[start:stop]
+        first, held = start, 0
+        for here in range(start, stop, grid):
+            entries = int(fires[here - start : here - start + grid].sum())
+            if held and held + entries > STORED_BLOCK_ENTRIES:
+                yield slice(first, here)
+                first, held = here, 0
+            held += entries
+        yield slice(first, stop)
 
 
 def stored_block_rows(codes: Any) -> int:
