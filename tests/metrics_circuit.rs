@@ -127,6 +127,16 @@ fn strata_are_convolved() {
 }
 
 #[test]
+fn p_values_stay_between_zero_and_one() {
+    let strata = [Stratum { n: 400, a: 30, b: 40 }; 3];
+    for least in 0..=90 {
+        let p = chance(&strata, Some(least)).unwrap().p_value;
+        assert!((0.0..=1.0).contains(&p) && p.is_sign_positive(), "{least}: {p}");
+    }
+    assert!(chance(&strata, Some(60)).unwrap().p_value < 1e-20);
+}
+
+#[test]
 fn chance_level_of_a_hundred_million_nodes_is_near_its_large_number_limit() {
     let (n, a, b) = (100_000_000_u64, 7_000_000_u64, 15_000_000_u64);
     let found = chance(&[Stratum { n, a, b }], Some(1_050_000)).unwrap();

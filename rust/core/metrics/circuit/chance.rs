@@ -35,7 +35,8 @@ pub struct Chance {
     pub mean: f64,
     /// Variance.
     pub variance: f64,
-    /// Probability of an intersection at least as large as the observed one; NaN when none was given.
+    /// Probability of an intersection at least as large as the observed one, 0 where it lies below what the sums keep (some 1e-22 over
+    /// several strata); NaN when none was given.
     pub p_value: f64,
 }
 
@@ -70,8 +71,11 @@ pub fn chance(strata: &[Stratum], intersection: Option<u64>) -> Result<Chance> {
     let terms = || (law.first..).zip(&law.probabilities).map(|(i, p)| (iou(i, total - i), *p));
     let mean: f64 = terms().map(|(iou, p)| iou * p).sum();
     let variance = terms().map(|(iou, p)| (iou - mean).powi(2) * p).sum();
-    let tail =
-        |least: u64| (law.first..).zip(&law.probabilities).filter(|(i, _)| *i >= least).map(|(_, p)| p).sum();
+    // Probabilities add up to 1 but for rounding; of none at all the sum is zero, not negative zero.
+    let tail = |least: u64| {
+        let above = (law.first..).zip(&law.probabilities).filter(|(i, _)| *i >= least);
+        above.fold(0.0, |sum: f64, (_, p)| sum + p).min(1.0)
+    };
     Ok(Chance { mean, variance, p_value: intersection.map_or(f64::NAN, tail) })
 }
 
