@@ -18,8 +18,8 @@ from microtome.metrics.rowtable import RowTable, columns
 
 __all__ = ["FrequencyGap", "frequency_gap"]
 
-SPAN_FIRINGS = 1 << 25
-"""Firing tokens of the features of stored codes that are resampled at a time: 384 MiB."""
+SPAN_FIRINGS = 1 << 24
+"""Firing tokens of the features of stored codes that are resampled at a time: some 400 MiB, 24 bytes each."""
 
 
 @dataclass(frozen=True, eq=False)
