@@ -29,23 +29,39 @@ fn best(x: &[f32], features: &[f32], k: usize, positive: bool) -> Vec<u32> {
     order
 }
 
-fn dictionary(plan: &Plan, features: &[f32]) -> Dictionary {
-    let d = plan.d();
-    let panels =
-        features.chunks(32 * d).enumerate().map(|(p, rows)| plan.panel(p, rows.to_vec(), &Terms::default()));
+/// The features, with the terms of each panel.
+fn dictionary_with(plan: &Plan, features: &[f32], terms: impl Fn(usize) -> Terms) -> Dictionary {
+    let panels = features.chunks(32 * plan.d()).enumerate();
+    let panels = panels.map(|(p, rows)| plan.panel(p, rows.to_vec(), &terms(p)));
     Dictionary::new(plan.clone(), panels.collect())
+}
+
+fn dictionary(plan: &Plan, features: &[f32]) -> Dictionary {
+    dictionary_with(plan, features, |_| Terms::default())
+}
+
+/// Compares the members of every row with the expected ones, in order.
+fn assert_members(dictionary: &Dictionary, x: &[f32], wanted: Wanted, expected: &[Vec<u32>]) {
+    let (plan, mut space) = (dictionary.plan(), Space::default());
+    dictionary.select(x, wanted, &mut space);
+    for (i, expected) in expected.iter().enumerate() {
+        let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
+        assert_eq!(
+            found,
+            *expected,
+            "{:?} {:?} row {i} d={} {wanted:?}",
+            plan.isa(),
+            plan.screen(),
+            plan.d()
+        );
+    }
 }
 
 fn check(x: &[f32], features: &[f32], d: usize, k: usize) {
     for (certificate, positive) in [(Certificate::Deterministic, true), (Certificate::Dithered, false)] {
         let expected: Vec<_> = x.chunks(d).map(|row| best(row, features, k, positive)).collect();
         for plan in Plan::every(d, certificate, None) {
-            let mut space = Space::default();
-            dictionary(&plan, features).select(x, Wanted::Best { k, positive }, &mut space);
-            for (i, expected) in expected.iter().enumerate() {
-                let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
-                assert_eq!(found, *expected, "{:?} {:?} row {i} d={d} k={k}", plan.isa(), plan.screen());
-            }
+            assert_members(&dictionary(&plan, features), x, Wanted::Best { k, positive }, &expected);
         }
     }
 }
@@ -66,16 +82,9 @@ fn check_weighted(x: &[f32], features: &[f32], d: usize, k: usize) {
     for plan in
         [Certificate::Deterministic, Certificate::Dithered].into_iter().flat_map(|c| Plan::every(d, c, None))
     {
-        let panels = features.chunks(32 * d).enumerate().map(|(p, rows)| {
-            let weight = std::array::from_fn(|c| weight(p * 32 + c));
-            plan.panel(p, rows.to_vec(), &Terms { weight, ..Terms::default() })
-        });
-        let (mut space, wanted) = (Space::default(), Wanted::Best { k, positive: true });
-        Dictionary::new(plan.clone(), panels.collect()).select(x, wanted, &mut space);
-        for (i, expected) in expected.iter().enumerate() {
-            let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
-            assert_eq!(found, *expected, "{:?} {:?} row {i}", plan.isa(), plan.screen());
-        }
+        let terms = |p| Terms { weight: std::array::from_fn(|c| weight(p * 32 + c)), ..Terms::default() };
+        let wanted = Wanted::Best { k, positive: true };
+        assert_members(&dictionary_with(&plan, features, terms), x, wanted, &expected);
     }
 }
 
@@ -144,12 +153,8 @@ fn zeros_denormals_and_huge_values_are_ranked_right() {
     for scale in [0.0, 1e-42, 1e-30, 1e30] {
         let x: Vec<f32> = noise(14 * d, 9).into_iter().map(|v| v * scale).collect();
         for plan in Plan::every(d, Certificate::Deterministic, None) {
-            let mut space = Space::default();
-            dictionary(&plan, &w).select(&x, Wanted::Best { k: 5, positive: false }, &mut space);
-            for (i, row) in x.chunks(d).enumerate() {
-                let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
-                assert_eq!(found, best(row, &w, 5, false), "{:?} scale {scale} row {i}", plan.screen());
-            }
+            let expected: Vec<_> = x.chunks(d).map(|row| best(row, &w, 5, false)).collect();
+            assert_members(&dictionary(&plan, &w), &x, Wanted::Best { k: 5, positive: false }, &expected);
         }
     }
 }
@@ -183,16 +188,10 @@ fn best_ranked(x: &[f32], features: &[f32], bias: &[f64], k: usize) -> Vec<u32> 
 fn check_biased(x: &[f32], features: &[f32], bias: &[f64], centre: Option<&[f32]>, (d, k): (usize, usize)) {
     let expected: Vec<_> = x.chunks(d).map(|row| best_ranked(row, features, bias, k)).collect();
     for plan in Plan::every(d, Certificate::Deterministic, centre) {
-        let panels = features.chunks(32 * d).zip(bias.chunks(32)).enumerate().map(|(p, (rows, bias))| {
-            let bias = std::array::from_fn(|c| bias.get(c).copied().unwrap_or(0.0));
-            plan.panel(p, rows.to_vec(), &Terms { bias, ..Terms::default() })
-        });
-        let (mut space, wanted) = (Space::default(), Wanted::Best { k, positive: true });
-        Dictionary::new(plan.clone(), panels.collect()).select(x, wanted, &mut space);
-        for (i, expected) in expected.iter().enumerate() {
-            let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
-            assert_eq!(found, *expected, "{:?} {:?} row {i} d={d}", plan.isa(), plan.screen());
-        }
+        let bias_of = |p| std::array::from_fn(|c| bias.get(p * 32 + c).copied().unwrap_or(0.0));
+        let terms = |p| Terms { bias: bias_of(p), ..Terms::default() };
+        let wanted = Wanted::Best { k, positive: true };
+        assert_members(&dictionary_with(&plan, features, terms), x, wanted, &expected);
     }
 }
 

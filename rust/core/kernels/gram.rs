@@ -17,6 +17,7 @@ use std::ops::Range;
 
 use super::gemm::isa::{Isa, per_isa};
 use super::panel::{Kernel, Side};
+use super::residual::squared_distance;
 use crate::rows::Rows;
 
 /// Steps summed in `f32` before they are added in `f64`: a panel of every side fits into the first-level cache.
@@ -69,7 +70,7 @@ pub struct Frame {
     /// A power of two that brings the largest value near 1, so that squares neither overflow nor vanish.
     pub scale: f32,
     /// Squared norm, shifted and scaled, that nine of ten sampled rows keep to.
-    pub usual: f64,
+    usual: f64,
 }
 
 impl Frame {
@@ -79,7 +80,8 @@ impl Frame {
     /// from all of them.
     pub fn of(sample: &[f32], d: usize) -> Self {
         let middle = medians(sample, d);
-        let distances: Vec<f64> = sample.chunks_exact(d).map(|row| distance(row, &middle)).collect();
+        let distance = |row| squared_distance(row, |c| middle[c].into());
+        let distances: Vec<f64> = sample.chunks_exact(d).map(distance).collect();
         let usual = usual(&distances);
         let light = || sample.chunks_exact(d).zip(&distances).filter(|(_, at)| **at <= HEAVY * usual);
         let n = light().count().max(1) as f64;
@@ -98,9 +100,14 @@ impl Frame {
         Self { shift, scale, usual: usual * f64::from(scale) * f64::from(scale) }
     }
 
+    /// A squared norm in units of what is usual.
+    pub fn heaviness(&self, norm: f64) -> f64 {
+        if norm > 0.0 { norm / self.usual } else { 0.0 }
+    }
+
     /// Whether a row of this squared norm is so much larger than the others that sums of `f32` with it would lose theirs.
     pub fn is_heavy(&self, norm: f64) -> bool {
-        norm > HEAVY * self.usual
+        self.heaviness(norm) > HEAVY
     }
 
     /// Widens row `i` of `rows` into `out`, shifted and scaled; adds it to `sums` and returns its squared norm.
@@ -126,18 +133,6 @@ fn medians(sample: &[f32], d: usize) -> Vec<f32> {
         if column.is_empty() { 0.0 } else { *column.select_nth_unstable_by(middle, f32::total_cmp).1 }
     };
     (0..d).map(median).collect()
-}
-
-/// Squared distance.
-fn distance(row: &[f32], from: &[f32]) -> f64 {
-    let mut lanes = [0.0_f64; LANES];
-    for (row, from) in row.chunks(LANES).zip(from.chunks(LANES)) {
-        for ((x, c), lane) in row.iter().zip(from).zip(&mut lanes) {
-            let off = f64::from(*x) - f64::from(*c);
-            *lane += off * off;
-        }
-    }
-    lanes.iter().sum()
 }
 
 /// What [`USUAL`] of the squared distances keep to.

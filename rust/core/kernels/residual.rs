@@ -25,7 +25,7 @@ fn total(lanes: [f64; LANES]) -> f64 {
 
 /// `Σ_j (a_j − b_j)²` with `b_j` given by a function of the column.
 #[inline(always)]
-fn squared_distance<A: Element>(a: &[A], b: impl Fn(usize) -> f64) -> f64 {
+pub fn squared_distance<A: Element>(a: &[A], b: impl Fn(usize) -> f64) -> f64 {
     let mut lanes = [0.0; LANES];
     let (chunks, rest) = a.as_chunks::<LANES>();
     for (c, chunk) in chunks.iter().enumerate() {

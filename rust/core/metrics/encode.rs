@@ -103,7 +103,7 @@ impl<'a> Packing<'a> {
             return Err(Error::shape("norms", "positive values", format!("{norm} at {j}")));
         }
         let plan = Plan::new(d_in, certificate, weights.b_dec.map(<[f32]>::to_vec))?;
-        Ok(Self { weights: used(weights, activation), activation, plan })
+        Ok(Self { weights, activation, plan })
     }
 
     /// Number of panels to pack.
@@ -131,13 +131,14 @@ impl<'a> Packing<'a> {
                 rows[c * d_in + i] = *v;
             }
         }
+        let thresholds = self.weights.threshold.filter(|_| self.activation == Activation::JumpRelu);
         let mut terms = Terms::default();
         for (c, j) in columns.enumerate() {
             let feature = &rows[c * d_in..(c + 1) * d_in];
             let centre = self.weights.b_dec.map_or(0.0, |b| dot(self.plan.isa(), b, feature));
             terms.bias[c] = self.weights.b_enc.map_or(0.0, |b| f64::from(b[j])) - centre;
             terms.weight[c] = self.weights.norms.map_or(1.0, |n| f64::from(n[j]));
-            terms.threshold[c] = self.weights.threshold.map_or(0.0, |t| f64::from(t[j]).max(0.0));
+            terms.threshold[c] = thresholds.map_or(0.0, |t| f64::from(t[j]).max(0.0));
         }
         Ok(self.plan.panel(p, rows, &terms))
     }
@@ -223,15 +224,6 @@ impl Encoder {
         check_rows(x, rows.d(), first_row)?;
         self.dictionary.select(x, wanted, &mut work.space);
         Ok(())
-    }
-}
-
-/// The weights without those that `activation` does not read.
-fn used(weights: Weights<'_>, activation: Activation) -> Weights<'_> {
-    match activation {
-        Activation::TopK(_) | Activation::BatchTopK(_) => Weights { threshold: None, ..weights },
-        Activation::JumpRelu => Weights { norms: None, ..weights },
-        Activation::Relu => Weights { norms: None, threshold: None, ..weights },
     }
 }
 

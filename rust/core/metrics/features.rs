@@ -61,17 +61,15 @@ impl Labelled<'_> {
 /// Blocks leave partial results behind; these are merged in block order, in parallel over pieces of [`PIECE`] cells.
 pub trait FeatureFold: Sync {
     /// Result of one feature in one group.
-    type Cell: Send + Sync;
+    type Cell: Clone + Default + Send + Sync;
     /// What one block leaves behind.
     type Partial: Send + Sync;
     /// Number of groups.
     fn n_groups(&self) -> usize;
     /// Rows per block of the grid; a property of the fold, whatever the number of threads.
     fn block_rows(&self) -> usize;
-    /// Number of cells: one for each feature in each group.
+    /// Number of cells: one for each feature, group by group.
     fn n_cells(&self) -> usize;
-    /// Empty cells, group by group.
-    fn cells(&self) -> Vec<Self::Cell>;
     /// An empty partial result.
     fn partial(&self) -> Self::Partial;
     /// Bytes that a partial result takes, about.
@@ -111,11 +109,9 @@ impl<F: FeatureFold> Accumulator<F> {
     /// The state is of no use afterwards.
     pub fn update(&mut self, block: &Labelled<'_>, context: &Context<'_>) -> Result<()> {
         block.check(self.fold.n_groups())?;
-        if self.cells.is_empty() {
-            let bytes = self.fold.n_cells().saturating_mul(size_of::<F::Cell>());
-            in_flight("the cells of all features and groups", bytes, "Use fewer groups", context)?;
-            self.cells = self.fold.cells();
-        }
+        let bytes = self.fold.n_cells().saturating_mul(size_of::<F::Cell>());
+        in_flight("the cells of all features and groups", bytes, "Use fewer groups", context)?;
+        self.open_cells();
         let (n, height) = (block.codes.n(), self.fold.block_rows());
         let bytes = self.fold.partial_bytes();
         let in_flight = in_flight("one block of feature cells", bytes, "Use fewer groups", context)?;
@@ -144,12 +140,15 @@ impl<F: FeatureFold> Accumulator<F> {
     /// # Errors
     /// [`Error::Cancelled`].
     pub fn finish(mut self, context: &Context<'_>) -> Result<(F, Vec<F::Cell>)> {
+        self.open_cells();
         if let Some((partial, _)) = self.open.take() {
             self.merge(&[(partial, 0)], context)?;
-        } else if self.cells.is_empty() {
-            self.cells = self.fold.cells();
         }
         Ok((self.fold, self.cells))
+    }
+
+    fn open_cells(&mut self) {
+        self.cells.resize(self.fold.n_cells(), F::Cell::default());
     }
 
     /// Merges full blocks and keeps the last one open where it is not full.

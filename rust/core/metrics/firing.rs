@@ -49,12 +49,8 @@ impl FeatureFold for Firing {
         self.n_groups.saturating_mul(self.d_sae)
     }
 
-    fn cells(&self) -> Vec<Moments> {
-        vec![Moments::default(); self.n_groups * self.d_sae]
-    }
-
     fn partial(&self) -> Vec<Moments> {
-        self.cells()
+        vec![Moments::default(); self.n_cells()]
     }
 
     fn partial_bytes(&self) -> usize {

@@ -180,10 +180,6 @@ impl FeatureFold for TopSamples {
         self.n_groups.saturating_mul(self.n_lists)
     }
 
-    fn cells(&self) -> Vec<Best> {
-        vec![Best::default(); self.n_groups * self.n_lists]
-    }
-
     fn n_groups(&self) -> usize {
         self.n_groups
     }

@@ -47,11 +47,13 @@ impl Slack {
         }
     }
 
-    /// How far an upper bound of a row can lie above the real score: twice its slack, and the rounding of the bound.
+    /// How far an upper bound of a row can lie above the real score: twice its slack, and the rounding of the bound. Infinite where
+    /// that leaves the range of f32.
     pub(super) fn gap(self, slack: f32, norm: f32, floats: bool) -> f64 {
         let residual = if floats { 0.0 } else { self.residual };
         let width = f64::from(slack) * self.norm + f64::from(norm) * residual + self.bias;
-        2.0 * (width + f64::from(norm) * self.norm * EPILOGUE)
+        let gap = 2.0 * (width + f64::from(norm) * self.norm * EPILOGUE);
+        if gap.is_nan() { f64::INFINITY } else { gap }
     }
 }
 

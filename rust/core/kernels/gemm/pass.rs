@@ -92,8 +92,8 @@ impl Pass<'_> {
     fn run(&mut self, mut watch: Watch) {
         for r in 0..self.found.len() {
             let line = &self.bench.strips.lines[r / ROWS];
-            let zeros = line.norm[r % ROWS] == 0.0 && line.slack[r % ROWS] == 0.0;
-            self.set_bar(r, self.dictionary.lowest_bar(self.wanted, zeros));
+            let exact = line.slack[r % ROWS] == 0.0;
+            self.set_bar(r, self.dictionary.lowest_bar(self.wanted, exact));
         }
         let ranges = self.ranges();
         for (i, range) in ranges.iter().enumerate() {
@@ -230,10 +230,6 @@ impl Pass<'_> {
             return;
         }
         let gap = self.bench.halves.gap(self.dictionary.largest_half_slack, row);
-        // Beyond the range of f32 nothing is known from below.
-        if !gap.is_finite() {
-            return;
-        }
         let bar = self.dictionary.bar(f64::from(refined.threshold(self.dictionary.plan.isa(), k)) - gap);
         refined.drop_below(self.dictionary.plan.isa(), bar);
         self.drop_below(row, bar);
@@ -248,10 +244,6 @@ impl Pass<'_> {
         let line = &self.bench.strips.lines[row / ROWS];
         let gap =
             self.dictionary.largest_slack.gap(line.slack[row % ROWS], line.norm[row % ROWS], self.floats);
-        // Beyond the range of f32 nothing is known from below.
-        if !gap.is_finite() {
-            return false;
-        }
         let bar = self.dictionary.bar(f64::from(candidates.threshold(self.isa(), k)) - gap);
         if candidates.reaching(self.isa(), bar) > WAITING_PER_MEMBER * k {
             return false;

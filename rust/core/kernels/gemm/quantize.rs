@@ -73,17 +73,17 @@ impl Rounding {
     /// No rounding at all.
     pub const EXACT: Self = Self { step: 1.0, residual: 0.0, share: 0.0 };
 
-    /// From the squares of the errors in units of `unit`, which lets none of them leave the range of f32.
+    /// From the squares of the errors in units of `unit`, which lets none of them leave the range of f32. Without a unit the vector
+    /// was too small for a grid: all of it is rounded away, or may be.
     #[inline(always)]
-    fn certain(step: f32, unit: f64, squares: [f32; 16]) -> Self {
-        // The factor covers the rounding of the squares and of their f32 sums.
-        let residual = squares.into_iter().map(f64::from).sum::<f64>().sqrt() * unit * 1.001;
-        Self { step, residual, share: residual }
-    }
-
-    /// Of a vector too small for a grid: all of it is rounded away, or may be.
-    fn nothing_kept(step: f32, v: &[f32]) -> Self {
-        let residual = v.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt() * 1.001;
+    fn certain(step: f32, unit: f32, squares: [f32; 16], v: &[f32]) -> Self {
+        let errors = if unit > 0.0 {
+            squares.into_iter().map(f64::from).sum::<f64>().sqrt() * f64::from(unit)
+        } else {
+            v.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt()
+        };
+        // The factor covers the rounding of the squares and of their sums.
+        let residual = errors * 1.001;
         Self { step, residual, share: residual }
     }
 }
@@ -136,13 +136,12 @@ fn bytes_body<const FUSED: bool>(v: &[f32], limits: Limits, dither: Option<u32>,
         sum.to_bits() as u8
     };
     each(v, to, &mut round);
-    if step == 0.0 {
-        return Rounding::nothing_kept(step, v);
-    }
-    let certain = Rounding::certain(step, step.into(), squares);
+    let certain = Rounding::certain(step, step, squares, v);
     match dither {
-        Some(_) => Rounding { share: certain.residual.min(f64::from(step) * hoeffding()), ..certain },
-        None => certain,
+        Some(_) if step > 0.0 => {
+            Rounding { share: certain.residual.min(f64::from(step) * hoeffding()), ..certain }
+        }
+        _ => certain,
     }
 }
 
@@ -172,10 +171,7 @@ fn words_body<const FUSED: bool>(v: &[f32], norm: f64, to: &mut [i16]) -> Roundi
         sum.to_bits() as i16
     };
     each(v, to, &mut round);
-    if step == 0.0 {
-        return Rounding::nothing_kept(step, v);
-    }
-    let mut rounding = Rounding::certain(step, step.into(), squares);
+    let mut rounding = Rounding::certain(step, step, squares, v);
     // `q · step` has up to 15 bits more than a byte's, and its rounding may hide that much of the residual.
     rounding.residual += norm * 2.0_f64.powi(-23);
     rounding.share = rounding.residual;
@@ -203,7 +199,7 @@ fn brain_floats_body<const FUSED: bool>(v: &[f32], to: &mut [u16]) -> Rounding {
         rounded as u16
     };
     each(v, to, &mut round);
-    if unit == 0.0 { Rounding::nothing_kept(1.0, v) } else { Rounding::certain(1.0, unit.into(), squares) }
+    Rounding::certain(1.0, unit, squares, v)
 }
 
 per_isa! {

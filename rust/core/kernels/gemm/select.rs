@@ -209,12 +209,12 @@ impl Dictionary {
         down(score - self.underflow)
     }
 
-    /// The bar of a row of which nothing is known yet; for a row of zeros the bounds are the biases, exactly.
-    pub(super) fn lowest_bar(&self, wanted: Wanted, zeros: bool) -> f32 {
+    /// The bar of a row of which nothing is known yet; the bounds of an `exact` row, which is all zeros, are the biases.
+    pub(super) fn lowest_bar(&self, wanted: Wanted, exact: bool) -> f32 {
         match wanted {
             Wanted::Best { positive: false, .. } => f32::MIN,
             Wanted::AtLeast(least) => self.bar(least),
-            _ if zeros => f32::from_bits(1),
+            _ if exact => f32::from_bits(1),
             _ => self.bar(0.0),
         }
     }

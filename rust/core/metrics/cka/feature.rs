@@ -249,7 +249,8 @@ fn pack_slab(
     let mut buffer = Buffer::default();
     let mut margins = Vec::with_capacity(problem.layers.len());
     let mut is_heavy = vec![false; range.len()];
-    for row in known.unwrap_or_default().iter().filter(|row| range.contains(row)) {
+    let known_before = |row: usize| known.unwrap_or_default().partition_point(|known| *known < row);
+    for row in &known.unwrap_or_default()[known_before(range.start)..known_before(range.end)] {
         is_heavy[row - range.start] = true;
     }
     for (l, layer) in problem.layers.iter().enumerate().filter(|(l, _)| used[*l]) {
@@ -283,7 +284,8 @@ fn pack_slab(
     Ok(Packed { margins, heavy })
 }
 
-/// Clears the heavy rows of a slab, after keeping what they hold.
+/// Clears the heavy rows of a slab, after keeping what they hold: which they are is known once all layers were read, so where there are
+/// any the slab is read again.
 fn take_out(
     problem: &Problem<'_>,
     layout: &Layout,

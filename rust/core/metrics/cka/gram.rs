@@ -243,8 +243,7 @@ fn finish(
     })?;
     let mut out = Sums::new(count);
     for (frame, norms) in problem.frames.iter().zip(&norms) {
-        let largest = norms.iter().copied().fold(0.0, f64::max);
-        out.heaviest = out.heaviest.max(if largest > 0.0 { largest / frame.usual } else { 0.0 });
+        out.heaviest = out.heaviest.max(frame.heaviness(norms.iter().copied().fold(0.0, f64::max)));
     }
     for (&(l, m), inner) in problem.pairs.iter().zip(inner) {
         let diagonal = if debiased { 0.0 } else { dot(problem.isa, &norms[l], &norms[m]) };
