@@ -47,20 +47,14 @@ def largest(monkeypatch):
     monkeypatch.setattr(features, "STORED_BLOCK_ROWS", BLOCK)
     seen = [0]
     for kind in (StoredCodes, StoredRaggedCodes):
-        reads, pieces = kind.__getitem__, kind.blocks
+        reads = kind.__getitem__
 
         def item(self, rows, reads=reads):
             block = reads(self, rows)
             seen[0] = max(seen[0], len(block))
             return block
 
-        def blocks(self, n, pieces=pieces):
-            for block in pieces(self, n):
-                seen[0] = max(seen[0], len(block))
-                yield block
-
         monkeypatch.setattr(kind, "__getitem__", item)
-        monkeypatch.setattr(kind, "blocks", blocks)
     return seen
 
 

@@ -17,7 +17,16 @@ import numpy.typing as npt
 from microtome import _core, tensors
 from microtome.errors import ShapeError
 
-__all__ = ["CSR", "CodesByBlock", "RaggedCodes", "RowIndex", "SparseCodes", "row_entries", "row_pointers"]
+__all__ = [
+    "CSR",
+    "CodesByBlock",
+    "RaggedCodes",
+    "RowIndex",
+    "SparseCodes",
+    "row_entries",
+    "row_pointers",
+    "runs",
+]
 
 CSR: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32], npt.NDArray[np.float32]]
 """``(indptr, indices, values)``: the entries of row ``i`` are those at ``indptr[i]:indptr[i + 1]``."""
@@ -181,6 +190,20 @@ class CodesByBlock(Protocol):
 def row_pointers(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Where rows of so many entries begin and end, (n + 1,)."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def runs(pointers: npt.NDArray[Any], most: int) -> Iterator[tuple[int, int]]:
+    """Runs ``first .. stop`` of neighbouring rows, each with as many rows as have at most ``most`` entries; at least one.
+
+    Example:
+        >>> list(runs(row_pointers(np.array([3, 1, 9, 2])), most=5))
+        [(0, 2), (2, 3), (3, 4)]
+    """
+    ends, first = pointers.astype(np.int64), 0
+    while first < len(ends) - 1:
+        stop = max(first + 1, int(np.searchsorted(ends, ends[first] + most, "right")) - 1)
+        yield first, stop
+        first = stop
 
 
 def row_entries(

@@ -14,7 +14,7 @@ import polars as pl
 from microtome import _core
 from microtome import progress as progress_bar
 from microtome.errors import DtypeError, ShapeError
-from microtome.metrics.codes import CodesByBlock, RaggedCodes, SparseCodes
+from microtome.metrics.codes import CodesByBlock, RaggedCodes, SparseCodes, row_pointers, runs
 from microtome.metrics.rowtable import By, Grouping, RowTable, grouping
 
 __all__ = ["Codes", "FeatureStats", "feature_stats", "l0", "variance_gap"]
@@ -186,15 +186,14 @@ def l0(codes: FeatureStats | Codes) -> float:
     return float(stats.fires.sum() / stats.n_tokens)
 
 
-def core_codes(codes: Codes, name: str = "codes") -> CoreCodes:
+def core_codes(codes: Any, name: str = "codes") -> CoreCodes:
     """Codes in memory as the core takes them: row pointers or slots per row, indices, values, width.
 
     Raises:
         DtypeError: indices that are not integers, or activations that are not floating point.
         ShapeError: no slots, or shapes that differ.
     """
-    held: Any = codes  # fields may be tensors
-    indices, values = _host(held.indices), _host(held.values)
+    indices, values = _host(codes.indices), _host(codes.values)
     if indices.dtype.kind not in "iu":
         raise DtypeError(f"{name}.indices: expected integers, found {indices.dtype}")
     if indices.dtype.kind == "i" and indices.size and int(indices.min()) < 0:
@@ -205,7 +204,7 @@ def core_codes(codes: Codes, name: str = "codes") -> CoreCodes:
         raise DtypeError(f"{name}.values: expected float32, found {values.dtype}")
     flat = np.ascontiguousarray(indices, np.uint32).reshape(-1)
     activations = np.ascontiguousarray(values, np.float32).reshape(-1)
-    indptr = getattr(held, "indptr", None)
+    indptr = getattr(codes, "indptr", None)
     if indptr is None and (indices.ndim != 2 or indices.shape != values.shape):
         raise ShapeError(
             f"{name}: expected indices and values (n, k), found {indices.shape} and {values.shape}"
@@ -241,29 +240,26 @@ def code_blocks(codes: Codes | Any) -> Iterator[tuple[slice, CoreCodes]]:
 
 def _stored_spans(codes: Any) -> Iterator[slice]:
     """Rows of stored codes to read at a time, whole blocks of the FVU's grid: ragged ones as their entries allow."""
-    if not hasattr(codes, "fires"):
-        height = stored_block_rows(codes)
-        yield from (slice(start, min(start + height, len(codes))) for start in range(0, len(codes), height))
-        return
-    grid = _core.FVU_BLOCK_ROWS
-    height = max(STORED_BLOCK_ROWS // grid, 1) * grid
+    grid, ragged = _core.FVU_BLOCK_ROWS, hasattr(codes, "fires")
+    height = _on_grid(STORED_BLOCK_ROWS) if ragged else stored_block_rows(codes)
     for start in range(0, len(codes), height):
         stop = min(start + height, len(codes))
-        fires = codes.fires[start:stop]
-        first, held = start, 0
-        for here in range(start, stop, grid):
-            entries = int(fires[here - start : here - start + grid].sum())
-            if held and held + entries > STORED_BLOCK_ENTRIES:
-                yield slice(first, here)
-                first, held = here, 0
-            held += entries
-        yield slice(first, stop)
+        if not ragged:
+            yield slice(start, stop)
+            continue
+        blocks = np.add.reduceat(codes.fires[start:stop], np.arange(0, stop - start, grid), dtype=np.int64)
+        for first, end in runs(row_pointers(blocks), STORED_BLOCK_ENTRIES):
+            yield slice(start + first * grid, min(start + end * grid, stop))
 
 
 def stored_block_rows(codes: Any) -> int:
     """Rows of stored codes to read at a time, by their mean number of entries; whole blocks of the FVU's grid."""
     per_row = math.prod(codes.indices.shape) / len(codes)
-    rows = min(STORED_BLOCK_ROWS, int(STORED_BLOCK_ENTRIES / max(per_row, 1)))
+    return _on_grid(min(STORED_BLOCK_ROWS, int(STORED_BLOCK_ENTRIES / max(per_row, 1))))
+
+
+def _on_grid(rows: int) -> int:
+    """Whole blocks of the FVU's grid, at least one."""
     return max(rows // _core.FVU_BLOCK_ROWS, 1) * _core.FVU_BLOCK_ROWS
 
 

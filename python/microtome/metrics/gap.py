@@ -12,7 +12,7 @@ import polars as pl
 from microtome import _core
 from microtome import progress as progress_bar
 from microtome.errors import ShapeError
-from microtome.metrics.codes import row_pointers
+from microtome.metrics.codes import row_pointers, runs
 from microtome.metrics.features import Codes, CoreCodes, code_blocks, core_codes, feature_stats, n_rows
 from microtome.metrics.rowtable import RowTable, columns
 
@@ -134,12 +134,7 @@ def _spans(spatial: Codes, base: Codes) -> Iterator[tuple[int, int]]:
         yield 0, spatial.d_sae
         return
     fires = sum(feature_stats(codes, progress=False).fires for codes in (spatial, base))
-    ends = row_pointers(np.asarray(fires))  # (d_sae + 1,)
-    first = 0
-    while first < spatial.d_sae:
-        stop = max(first + 1, int(np.searchsorted(ends, ends[first] + SPAN_FIRINGS, "right")) - 1)
-        yield first, stop
-        first = stop
+    yield from runs(row_pointers(np.asarray(fires)), SPAN_FIRINGS)
 
 
 def _features(codes: Codes, first: int, stop: int) -> CoreCodes:

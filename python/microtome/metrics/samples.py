@@ -13,6 +13,7 @@ import polars as pl
 from microtome import _core
 from microtome import progress as progress_bar
 from microtome.errors import ShapeError
+from microtome.metrics.codes import runs
 from microtome.metrics.features import (
     Codes,
     CoreCodes,
@@ -103,15 +104,12 @@ def _sample_blocks(
     if not hasattr(codes, "blocks"):
         yield core_codes(codes), order, starts, len(order)
         return
-    height, first = stored_block_rows(codes), 0
-    while first < len(starts) - 1:
-        last = max(first + 1, int(np.searchsorted(starts, int(starts[first]) + height, "right")) - 1)
+    for first, last in runs(starts, stored_block_rows(codes)):
         rows = order[starts[first] : starts[last]]  # (n_block,)
         lowest, gapless = rows.min(), int(np.ptp(rows)) + 1 == len(rows)
         block = codes[int(lowest) : int(lowest) + len(rows)] if gapless else codes[rows]
         order_here = rows - lowest if gapless else np.arange(len(rows), dtype=np.uint64)
         yield core_codes(block), order_here, starts[first : last + 1] - starts[first], int(starts[last])
-        first = last
 
 
 def top_samples(
