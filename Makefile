@@ -47,19 +47,22 @@ test-rust: $(VENV)/.ready
 	cargo test --quiet --features failpoints
 	MICROTOME_ISA=plain cargo test --quiet --features failpoints --test kernels_encode --test metrics_similarity
 
+# A wheel in a folder of its own, which PYTHONPATH puts in front of the editable package.
+unpack = rm -rf $(1) && $(BIN)/uv pip install --quiet --no-deps --target $(1) $(2)
+
 # Fail points exist in a build of their own alone, which no user gets.
 test-kill: $(VENV)/.ready  ## a writer killed at every named point of a commit
 	$(BIN)/maturin build --features failpoints --out $(TARGET)/failpoints --quiet
-	$(BIN)/uv pip install --quiet --no-deps --reinstall --target $(VENV)/failpoints $(TARGET)/failpoints/*.whl
+	$(call unpack,$(VENV)/failpoints,$(TARGET)/failpoints/*.whl)
 	PYTHONPATH=$(abspath $(VENV)/failpoints) $(BIN)/python -m pytest tests/python/faults/test_kill.py tests/python/faults/test_kill_codes.py -k named_point
 
 test-python: wheel
-	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
+	$(call unpack,$(VENV)/wheel,dist/*.whl)
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not slow and not gpu and not full"
 
 test-full: test-kill wheel  ## the long fault tiers as well
 	cargo test --quiet --features failpoints -- --include-ignored
-	rm -rf $(VENV)/wheel && $(BIN)/uv pip install --quiet --no-deps --target $(VENV)/wheel dist/*.whl
+	$(call unpack,$(VENV)/wheel,dist/*.whl)
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not gpu"
 
 sanitize:  ## the kernels and the store under AddressSanitizer
