@@ -121,7 +121,7 @@ fn many_features_pass_through_all_ranges() {
 }
 
 #[test]
-fn wide_rows_are_bounded_twice_and_stay_exact() {
+fn wide_rows_stay_exact() {
     let (d, f) = (1024, 3000);
     let mut x = noise(20 * d, 15);
     x[d..2 * d].fill(0.0);

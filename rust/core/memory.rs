@@ -58,6 +58,12 @@ impl<T: Zeroable> Aligned<T> {
     }
 }
 
+impl<T: Zeroable> Default for Aligned<T> {
+    fn default() -> Self {
+        Self::zeros(0)
+    }
+}
+
 impl<T> Deref for Aligned<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {

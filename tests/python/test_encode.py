@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import microtome as mt
 from microtome.errors import DtypeError, NonFiniteError, ShapeError
 
-PATHS = ["plain", "neon", "neondot", "avx2", "avx512", "avx512bf16", "avx512vnni"]
+PATHS = ["plain", "neon", "neondot", "avx2", "avx512", "avx512bf16", "avx512vnni", "amx"]
 
 
 def pre_activations(x, W_enc, b_enc=None, b_dec=None):

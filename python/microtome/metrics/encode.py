@@ -40,7 +40,7 @@ class EncodeReport:
     escape_rate: float
     """Share of rows that defeated the screen and took the float32 path."""
     isa: str
-    """Instruction path: plain, neon, neondot, avx2, avx512, avx512bf16 or avx512vnni."""
+    """Instruction path: plain, neon, neondot, avx2, avx512, avx512bf16, avx512vnni or amx."""
     screen: str
     """Arithmetic of the screen: int8, int16, bfloat16 or float32."""
     seconds: dict[str, float]

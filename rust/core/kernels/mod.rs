@@ -1,5 +1,6 @@
 //! Arithmetic on one block: slices in, numbers out. No I/O, no threads, no file names.
 
+pub mod caches;
 pub mod checksum;
 pub mod cosine;
 pub mod gemm;

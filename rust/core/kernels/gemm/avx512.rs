@@ -1,16 +1,17 @@
-//! The micro-kernel: 12 rows × 32 features of sums in 24 registers, written once, instantiated for bytes and for bf16.
+//! The micro-kernel: 12 rows × 32 features of sums in 24 registers, written once, instantiated for bytes, for words of 16
+//! bits, and for bf16.
 //!
-//! Every step reads 32 words of the panel (two registers) and broadcasts 12 words of the strip; a word holds four bytes
-//! or two bf16 along the input width. 24 dot-product instructions per 14 loads keep both vector pipes of a 512-bit core
+//! Every step reads 32 words of the panel (two registers) and broadcasts 12 words of the strip; a word holds four bytes,
+//! two of 16 bits, or two bf16 along the input width. 24 dot-product instructions per 14 loads keep both vector pipes of a 512-bit core
 //! busy. The epilogue turns sums into upper bounds and hit masks (see [`super::tile`]) before anything is stored.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512d, __m512i, _CMP_NLT_UQ, _mm256_loadu_ps, _mm512_add_epi32, _mm512_castps_si512,
     _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_cvtps_pd, _mm512_dpbf16_ps,
-    _mm512_dpbusd_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps,
-    _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_pd, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_storeu_pd, _mm512_storeu_ps,
+    _mm512_dpbusd_epi32, _mm512_dpwssd_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_si512,
+    _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_pd, _mm512_setzero_si512,
+    _mm512_storeu_pd, _mm512_storeu_ps,
 };
 
 use super::dot::{Group, LANES, add_rest, pairwise};
@@ -48,20 +49,12 @@ macro_rules! micro_kernel {
             }
             tile.hits = [0; ROWS];
             for h in 0..2 {
-                let span = h * HALF;
+                let (span, factors) = (h * HALF, Factors::of(columns, h));
                 let $offset = load(half(&columns.offset, span));
-                let scale = load_ps(half(&columns.scale, span));
-                let bias = load_ps(half(&columns.bias, span));
-                let norm = load_ps(half(&columns.norm, span));
-                let residual = load_ps(half(&columns.residual, span));
                 for r in 0..ROWS {
                     let $done = sums[r][h];
-                    let sum: __m512 = $to_float;
-                    let slack = _mm512_fmadd_ps(_mm512_set1_ps(lines.norm[r]), residual, bias);
-                    let slack = _mm512_fmadd_ps(_mm512_set1_ps(lines.slack[r]), norm, slack);
-                    let upper = _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_set1_ps(lines.scale[r]), scale), slack);
-                    let mask = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(upper, _mm512_set1_ps(lines.threshold[r]));
-                    tile.hits[r] |= u32::from(mask) << span;
+                    let (upper, hits) = factors.bound($to_float, r, lines);
+                    tile.hits[r] |= u32::from(hits) << span;
                     store(half_mut(&mut tile.upper[r], span), upper);
                 }
             }
@@ -69,11 +62,71 @@ macro_rules! micro_kernel {
     };
 }
 
+/// What the bounds of half of a panel's features are made of.
+#[derive(Clone, Copy)]
+struct Factors {
+    scale: __m512,
+    bias: __m512,
+    norm: __m512,
+    residual: __m512,
+}
+
+impl Factors {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn of(columns: &Columns, h: usize) -> Self {
+        let of = |factors: &[f32; COLS]| load_ps(half(factors, h * HALF));
+        Self {
+            scale: of(&columns.scale),
+            bias: of(&columns.bias),
+            norm: of(&columns.norm),
+            residual: of(&columns.residual),
+        }
+    }
+
+    /// The bounds of row `r` of a strip, and which of them hit.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn bound(self, sum: __m512, r: usize, lines: &Lines) -> (__m512, u16) {
+        let slack = _mm512_fmadd_ps(_mm512_set1_ps(lines.norm[r]), self.residual, self.bias);
+        let slack = _mm512_fmadd_ps(_mm512_set1_ps(lines.slack[r]), self.norm, slack);
+        let upper = _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_set1_ps(lines.scale[r]), self.scale), slack);
+        let hits = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(upper, _mm512_set1_ps(lines.threshold[r]));
+        (upper, hits)
+    }
+}
+
+/// Bounds of a tile whose f32 sums are in memory.
+///
+/// # Safety
+/// The processor has the target features of this function.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn bounds(sums: &[[f32; COLS]; ROWS], lines: &Lines, columns: &Columns, tile: &mut Tile) {
+    let factors = [Factors::of(columns, 0), Factors::of(columns, 1)];
+    for (r, sums) in sums.iter().enumerate() {
+        let mut hits = [0; 2];
+        for (h, factors) in factors.iter().enumerate() {
+            let span = h * HALF;
+            let (upper, hit) = factors.bound(load_ps(half(sums, span)), r, lines);
+            hits[h] = u32::from(hit) << span;
+            store(half_mut(&mut tile.upper[r], span), upper);
+        }
+        tile.hits[r] = hits[0] | hits[1];
+    }
+}
+
 micro_kernel!(
     /// Bounds of a tile from unsigned bytes of rows and signed bytes of features (VPDPBUSD).
     bytes, "avx512f,avx512bw,avx512vnni",
     |sum, a, b| _mm512_dpbusd_epi32(sum, a, b),
     |done, offset| _mm512_cvtepi32_ps(_mm512_add_epi32(done, offset))
+);
+
+micro_kernel!(
+    /// Bounds of a tile from signed pairs of 16 bits (VPDPWSSD); norms bound the sums, see [`super::quantize::words`].
+    words, "avx512f,avx512bw,avx512vnni",
+    |sum, a, b| _mm512_dpwssd_epi32(sum, a, b),
+    |done, _offset| _mm512_cvtepi32_ps(done)
 );
 
 micro_kernel!(
@@ -91,7 +144,7 @@ const ABREAST: usize = 4;
 /// # Safety
 /// The processor has the target features of this function.
 #[target_feature(enable = "avx512f")]
-pub unsafe fn dots_of(group: Group<'_, f32>, x: &[f32], products: &mut [f64]) {
+pub unsafe fn dots_of(group: Group<'_>, x: &[f32], products: &mut [f64]) {
     let d = group.w.len();
     let row = |r: u32| &x[r as usize * d..(r as usize + 1) * d];
     let mut done = 0;
@@ -149,63 +202,6 @@ fn dots<const N: usize>(w: &[f32], next: &[f32], x: [&[f32]; N], ahead: [&[f32];
         totals[i] = pairwise(lanes);
     }
     totals
-}
-
-/// bf16 pairs of a register.
-const PAIRS: usize = 32;
-
-/// See [`super::dot::half_dots_of`]; the width is a multiple of [`PAIRS`].
-///
-/// # Safety
-/// The processor has the target features of this function.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub unsafe fn half_dots_of(group: Group<'_, u16>, x: &[u16], products: &mut [f32]) {
-    let d = group.w.len();
-    let row = |r: u32| &x[r as usize * d..(r as usize + 1) * d];
-    let mut done = 0;
-    while done < group.len {
-        let count = ABREAST.min(group.len - done);
-        let next = if done + count == group.len { group.next } else { group.w };
-        let rows: [&[u16]; ABREAST] = std::array::from_fn(|i| row(group.rows[done + i.min(count - 1)]));
-        let ahead: [&[u16]; ABREAST] =
-            std::array::from_fn(|i| group.rows.get(done + count + i).map_or(rows[0], |&r| row(r)));
-        let out = &mut products[done..done + count];
-        match count {
-            1 => out.copy_from_slice(&half_dots(group.w, next, [rows[0]], [ahead[0]])),
-            2 => out.copy_from_slice(&half_dots(group.w, next, [rows[0], rows[1]], [ahead[0], ahead[1]])),
-            _ => out.copy_from_slice(&half_dots(group.w, next, rows, ahead)[..count]),
-        }
-        done += count;
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn half_dots<const N: usize>(w: &[u16], next: &[u16], x: [&[u16]; N], ahead: [&[u16]; N]) -> [f32; N] {
-    let mut sums = [_mm512_setzero_ps(); N];
-    let w_steps = w.as_chunks::<PAIRS>().0;
-    let x_steps = x.map(|x| &x.as_chunks::<PAIRS>().0[..w_steps.len()]);
-    for (step, w) in w_steps.iter().enumerate() {
-        fetch(next, step * PAIRS);
-        let w = load_pairs(w);
-        for i in 0..N {
-            // SAFETY: as in `dots`.
-            let x = unsafe { x_steps[i].get_unchecked(step) };
-            fetch(ahead[i], step * PAIRS);
-            sums[i] = _mm512_dpbf16_ps(sums[i], load_pairs(x), w);
-        }
-    }
-    let mut totals = [0.0; N];
-    for (total, sum) in totals.iter_mut().zip(sums) {
-        *total = _mm512_reduce_add_ps(sum);
-    }
-    totals
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load_pairs(from: &[u16; PAIRS]) -> __m512bh {
-    // SAFETY: `from` is 64 readable bytes; the load has no alignment of its own.
-    pairs(unsafe { _mm512_loadu_si512(from.as_ptr().cast()) })
 }
 
 #[inline]

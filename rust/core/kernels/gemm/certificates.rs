@@ -1,13 +1,11 @@
 //! Bounds against real scores, pair by pair.
 
-use super::dot as dots;
 use super::dot::dot;
 use super::features::Terms;
-use super::isa::Isa;
 use super::isa::Path;
-use super::plan::{Certificate, NARROWEST_REFINED, Plan, Screen};
-use super::strips::{Halves, Strips};
-use super::tile::{COLS, ROWS, Tile};
+use super::plan::{Certificate, Plan, Screen};
+use super::strips::Strips;
+use super::tile::{COLS, ROWS};
 
 /// A number of mean zero and spread one, and the next state: enough of a Gaussian to test bounds.
 fn normal(state: &mut u64) -> f32 {
@@ -69,8 +67,9 @@ fn worst_of_tile(plan: &Plan, t: usize, x: &[f32], w: &[f32]) -> f64 {
     let panel = plan.panel(t, w.to_vec(), &terms);
     let mut strips = Strips::default();
     assert!(plan.strips(x, panel.largest_norm, false, &mut strips).is_empty());
-    let (mut tile, mut worst) = (Tile::default(), 0.0_f64);
-    plan.tile(x, &strips, 0, &panel, false, &mut tile);
+    let (mut tiles, mut worst) = (plan.tiles(false), 0.0_f64);
+    plan.screen_strips(x, &strips, 0, &panel, false, &mut tiles);
+    let tile = &tiles.of_strips[0];
     let line = &strips.lines[0];
     let columns = if plan.screen() == Screen::Floats { &panel.float_columns } else { &panel.columns };
     for (r, x) in x.chunks(d).enumerate() {
@@ -114,32 +113,5 @@ fn a_hundred_million_random_pairs_keep_their_certificate() {
         let shares = shares_of_slack(100_000_000, certificate);
         eprintln!("{certificate:?}: largest share of the slack needed {shares:?}");
         assert!(shares.iter().all(|(_, _, share)| *share < 1.0));
-    }
-}
-
-#[test]
-fn second_bounds_keep_their_certificate() {
-    for isa in Isa::available() {
-        let (mut state, d) = (3, NARROWEST_REFINED);
-        let plan = Plan::with_isa(isa, d, Certificate::Deterministic, None);
-        let Some(halves_isa) = plan.refines() else { continue };
-        for t in 0..25 {
-            let (w, x) = (vectors(COLS, d, t / 5, &mut state), vectors(ROWS, d, t % 5, &mut state));
-            let panel = plan.panel(t, w.clone(), &Terms::default());
-            let mut halves = Halves::default();
-            plan.halve(halves_isa, &x, &mut halves);
-            let rows: Vec<u32> = (0..ROWS as u32).collect();
-            let mut sums = [0.0; ROWS];
-            for (c, w) in w.chunks(d).enumerate() {
-                let group =
-                    dots::Group { w: panel.half(c, d), next: panel.half(c, d), rows: &rows, len: ROWS };
-                dots::half_dots_of(halves_isa, group, &halves.x, &mut sums);
-                for (r, x) in x.chunks(d).enumerate() {
-                    let above = f64::from(panel.refined(c, &halves, r, sums[r])) - dot(isa, x, w);
-                    let gap = halves.gap(panel.largest_half_slack(), r);
-                    assert!((0.0..=gap).contains(&above), "tile {t} ({r}, {c}): {above} of {gap}");
-                }
-            }
-        }
     }
 }

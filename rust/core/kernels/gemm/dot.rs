@@ -1,7 +1,5 @@
 //! Dot products: the exact one that decides every result, and the f32 ones that screen where nothing faster fits.
 
-#[cfg(target_arch = "x86_64")]
-use super::isa::Path;
 use super::isa::{Isa, per_isa};
 use super::tile::{COLS, ROWS};
 use crate::kernels::prefetch::fetch;
@@ -58,11 +56,11 @@ per_isa! {
 
 /// Pairs of one feature with some rows, in a list of such pairs.
 #[derive(Clone, Copy, Debug)]
-pub struct Group<'a, T> {
+pub struct Group<'a> {
     /// The feature.
-    pub w: &'a [T],
+    pub w: &'a [f32],
     /// The feature of the next group, worth fetching.
-    pub next: &'a [T],
+    pub next: &'a [f32],
     /// Rows of this group's pairs, then rows of later pairs, worth fetching.
     pub rows: &'a [u32],
     /// Pairs of this group.
@@ -76,7 +74,7 @@ const ABREAST: usize = 2;
 const HALF: usize = LANES / 2;
 
 #[inline(always)]
-fn dots_of_body<const FUSED: bool>(group: Group<'_, f32>, x: &[f32], products: &mut [f64]) {
+fn dots_of_body<const FUSED: bool>(group: Group<'_>, x: &[f32], products: &mut [f64]) {
     let d = group.w.len();
     let row = |i: usize| group.rows.get(i).map_or(group.w, |&r| &x[r as usize * d..(r as usize + 1) * d]);
     let (pairs, last) = products[..group.len].as_chunks_mut::<ABREAST>();
@@ -128,40 +126,18 @@ fn dots_ahead<const FUSED: bool, const N: usize>(
 }
 
 per_isa! {
-    fn dots_of_any(group: Group<'_, f32>, x: &[f32], products: &mut [f64]) = dots_of_body;
+    fn dots_of_any(group: Group<'_>, x: &[f32], products: &mut [f64]) = dots_of_body;
 }
 
 /// [`dot`] of a feature with each row of its group; `x` holds all rows, row-major.
-pub fn dots_of(isa: Isa, group: Group<'_, f32>, x: &[f32], products: &mut [f64]) {
+pub fn dots_of(isa: Isa, group: Group<'_>, x: &[f32], products: &mut [f64]) {
     match isa.path() {
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         // SAFETY: an `Isa` exists only for a path whose features the processor was asked for.
-        Path::Avx512 | Path::Avx512Bf16 | Path::Avx512Vnni => unsafe {
-            super::avx512::dots_of(group, x, products);
-        },
+        path if path.is_avx512() => unsafe { super::avx512::dots_of(group, x, products) },
         _ => dots_of_any(isa, group, x, products),
     }
-}
-
-/// f32 sums of bf16 products of a feature with each row of its group; only where [`super::pack`] keeps halves.
-pub fn half_dots_of(isa: Isa, group: Group<'_, u16>, x: &[u16], products: &mut [f32]) {
-    match isa.path() {
-        #[cfg(target_arch = "x86_64")]
-        #[allow(unsafe_code)]
-        // SAFETY: an `Isa` exists only for a path whose features the processor was asked for.
-        Path::Avx512Bf16 => unsafe { super::avx512::half_dots_of(group, x, products) },
-        _ => {
-            for (product, &row) in products.iter_mut().zip(group.rows) {
-                let x = &x[row as usize * group.w.len()..][..group.w.len()];
-                *product = x.iter().zip(group.w).map(|(a, b)| from_half(*a) * from_half(*b)).sum();
-            }
-        }
-    }
-}
-
-fn from_half(bits: u16) -> f32 {
-    f32::from_bits(u32::from(bits) << 16)
 }
 
 /// Features and rows whose accumulators stay in registers.

@@ -3,9 +3,9 @@
 use super::dot::dot;
 use super::narrow;
 use super::plan::{EPILOGUE, EPILOGUE_BIAS, Plan, Screen};
-use super::quantize::{self, Rounding, up};
-use super::strips::Halves;
+use super::quantize::{Rounding, up};
 use super::tile::{COLS, Columns};
+use crate::memory::Aligned;
 
 /// Features `32 p .. 32 (p + 1)` of a dictionary.
 #[derive(Debug)]
@@ -14,13 +14,12 @@ pub struct Panel {
     pub(super) rows: Vec<f32>,
     /// The features as the screen reads them, where it does not read them as they are.
     #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
-    pub(super) words: Vec<u32>,
+    pub(super) words: Aligned<u32>,
     pub(super) columns: Columns,
+    /// Bits of the columns that have a feature.
+    pub(super) valid: u32,
     /// Columns of the f32 screen.
     pub(super) float_columns: Columns,
-    /// The features in bf16, row-major, where the plan bounds twice; and what rounding took from them.
-    halves: Vec<u16>,
-    half_residual: [f32; COLS],
     /// What is added to the inner product of each feature.
     pub(super) bias: [f64; COLS],
     /// Scores are pre-activations times this.
@@ -58,24 +57,6 @@ impl Slack {
 }
 
 impl Panel {
-    /// The features in bf16.
-    pub(super) fn half(&self, c: usize, d: usize) -> &[u16] {
-        &self.halves[c * d..(c + 1) * d]
-    }
-
-    /// The second upper bound of the score of feature `c` and row `row`, from their f32 sum of bf16 products.
-    pub(super) fn refined(&self, c: usize, halves: &Halves, row: usize, sum: f32) -> f32 {
-        let columns = &self.float_columns;
-        let slack = halves.slack[row] * columns.norm[c] + halves.norm[row] * self.half_residual[c];
-        sum * columns.scale[c] + (slack + columns.bias[c])
-    }
-
-    /// The widest slack of the panel's features under the second bounds.
-    pub(super) fn largest_half_slack(&self) -> Slack {
-        let residual = self.half_residual.iter().copied().fold(0.0, f32::max).into();
-        Slack { residual, ..self.largest_slack() }
-    }
-
     /// The widest slack of the panel's features.
     pub(super) fn largest_slack(&self) -> Slack {
         let largest = |of: &[f32; COLS]| of.iter().copied().fold(0.0, f32::max).into();
@@ -110,12 +91,10 @@ impl Default for Terms {
 impl Plan {
     /// Packs up to [`COLS`] features, row-major; `number` is the panel's place in the dictionary.
     pub fn panel(&self, number: usize, rows: Vec<f32>, terms: &Terms) -> Panel {
-        let mut words = vec![0; self.panel_steps() * COLS];
+        let mut words = Aligned::zeros(self.panel_steps() * COLS);
         let (mut columns, mut float_columns) = (Columns::padding(), Columns::padding());
         let (mut scratch, mut word) = (vec![0.0; self.d], vec![0; self.steps()]);
         let mut largest_norm = 0.0_f64;
-        let mut halves = vec![0; if self.halves.is_some() { rows.len() } else { 0 }];
-        let mut half_residual = [0.0; COLS];
         for (c, w) in rows.chunks_exact(self.d).enumerate() {
             let norm = dot(self.isa, w, w).sqrt();
             largest_norm = largest_norm.max(norm * terms.weight[c].max(1.0));
@@ -139,23 +118,9 @@ impl Plan {
                 columns.bias[c] = up((bias - terms.threshold[c]) * weight + slack);
             }
             columns.offset[c] = -i32::from(self.offset()) * sum;
-            if let Some(isa) = self.halves {
-                let rounding = quantize::brain_floats(isa, w, &mut halves[c * self.d..(c + 1) * self.d]);
-                half_residual[c] = up(rounding.share * weight);
-            }
         }
         let (bias, weight, threshold) = (terms.bias, terms.weight, terms.threshold);
-        Panel {
-            rows,
-            words,
-            columns,
-            float_columns,
-            halves,
-            half_residual,
-            bias,
-            weight,
-            threshold,
-            largest_norm,
-        }
+        let valid = u32::MAX >> (COLS - rows.len() / self.d);
+        Panel { rows, words, columns, valid, float_columns, bias, weight, threshold, largest_norm }
     }
 }

@@ -1,5 +1,7 @@
 //! Run-time dispatch: which instructions this processor has, asked once per packed dictionary.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use crate::error::{Error, Result};
 
 /// Instruction sets with a path of their own, from the plainest to the fastest.
@@ -19,13 +21,15 @@ pub enum Path {
     Avx512,
     /// 512-bit dot products of bf16 pairs.
     Avx512Bf16,
-    /// 512-bit dot products of 8-bit quadruples.
+    /// 512-bit dot products of 8-bit quadruples and of 16-bit pairs.
     Avx512Vnni,
+    /// Products of tiles of bf16, beside all of the above.
+    Amx,
 }
 
 impl Path {
     /// All paths, plainest first.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Plain,
         Self::Neon,
         Self::NeonDot,
@@ -33,6 +37,7 @@ impl Path {
         Self::Avx512,
         Self::Avx512Bf16,
         Self::Avx512Vnni,
+        Self::Amx,
     ];
 
     /// Name as [`VARIABLE`] takes it.
@@ -45,7 +50,13 @@ impl Path {
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
             Self::Avx512Vnni => "avx512vnni",
+            Self::Amx => "amx",
         }
+    }
+
+    /// Whether the path has 512-bit vectors.
+    pub const fn is_avx512(self) -> bool {
+        matches!(self, Self::Avx512 | Self::Avx512Bf16 | Self::Avx512Vnni | Self::Amx)
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -54,7 +65,9 @@ impl Path {
         if is_emulated(self) {
             return true;
         }
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("popcnt");
         let avx512 = avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -67,6 +80,9 @@ impl Path {
             Self::Avx512 => avx512,
             Self::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
             Self::Avx512Vnni => avx512 && is_x86_feature_detected!("avx512vnni"),
+            Self::Amx => {
+                [Self::Avx512Bf16, Self::Avx512Vnni].map(Self::supported) == [true; 2] && amx::permitted()
+            }
         }
     }
 
@@ -157,7 +173,7 @@ macro_rules! per_isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an `Isa` exists only for a path whose features the processor was asked for.
                 #[allow(unsafe_code)]
-                Path::Avx512 | Path::Avx512Bf16 | Path::Avx512Vnni => unsafe { avx512($($arg),*) },
+                path if path.is_avx512() => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 #[allow(unsafe_code)]

@@ -3,7 +3,8 @@
 //! 1. Every feature is rounded once ([`features`]), and every block of rows ([`strips`]), to integers of 8 or 16 bits or to
 //!    bf16, as the [`plan`] says for the processor and the width, and what the rounding leaves out is measured
 //!    ([`quantize`]).
-//! 2. A micro-kernel ([`avx512`], [`avx2`], `neon`, or [`dot`] in f32 elsewhere) makes a [`tile`] of upper bounds of scores.
+//! 2. A micro-kernel ([`amx`], [`avx512`], [`avx2`], `neon`, or [`dot`] in f32 elsewhere) makes a [`tile`] of upper bounds of
+//!    scores.
 //! 3. [`select`] keeps the features whose bound reaches the row's threshold, scores those in f64 ([`dot::dot`]) and raises
 //!    the threshold to the k-th best real score so far. What was dropped is provably no member.
 //!
@@ -32,6 +33,8 @@
 #![allow(clippy::inline_always)]
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -41,6 +44,7 @@ pub mod dot;
 #[cfg(test)]
 mod exact;
 pub mod features;
+mod hits;
 pub mod isa;
 mod narrow;
 #[cfg(target_arch = "aarch64")]

@@ -10,7 +10,6 @@ pub(super) struct Pairs {
     pub(super) rows: Vec<u32>,
     features: Vec<u32>,
     pub(super) products: Vec<f64>,
-    pub(super) half_products: Vec<f32>,
 }
 
 impl Pairs {

@@ -2,18 +2,17 @@
 
 use std::ops::Range;
 
-use super::dot::{Group, dot, dots_of, half_dots_of};
+use super::dot::{Group, dot, dots_of};
 use super::isa::Isa;
 use super::pairs::Pairs;
 use super::quantize::up;
 use super::select::{Dictionary, Effort, Wanted, Watch, finish};
-use super::strips::{Halves, Strips};
+use super::strips::Strips;
 use super::tile::{COLS, ROWS, Tile};
 use super::waiting::{Waiting, reaches};
+use crate::kernels::caches::second_level_bytes;
 use crate::kernels::topk::{Scored, keep_best};
 
-/// Bytes of panels that stay in the second-level cache while the strips pass.
-const GROUP_BYTES: usize = 256 << 10;
 /// Features of the first range; each further one ends four times as far.
 const FIRST_RANGE: usize = 512;
 /// Space of a row, in candidates per member wanted.
@@ -32,9 +31,6 @@ pub(super) struct Bench {
     /// Candidates of each row, at most `room`.
     candidates: Vec<Waiting>,
     escaped: Vec<bool>,
-    halves: Halves,
-    /// Candidates of each row with their second bounds.
-    refined: Vec<Waiting>,
     pairs: Pairs,
     /// Features on their way from candidates to pairs.
     taken: Vec<u32>,
@@ -46,8 +42,6 @@ struct Pass<'a> {
     x: &'a [f32],
     wanted: Wanted,
     floats: bool,
-    /// The path of the second bounds, where there are any.
-    refines: Option<Isa>,
     room: usize,
     bench: &'a mut Bench,
     found: &'a mut [Vec<Scored>],
@@ -71,19 +65,13 @@ impl Dictionary {
         let room = wished.max(SMALLEST_SPACE).min(self.n_features) + COLS;
         bench.escaped.clear();
         bench.escaped.resize(n, false);
-        for lists in [&mut bench.candidates, &mut bench.refined] {
-            lists.resize_with(n.max(lists.len()), Waiting::default);
-            lists.iter_mut().for_each(Waiting::clear);
-        }
+        bench.candidates.resize_with(n.max(bench.candidates.len()), Waiting::default);
+        bench.candidates.iter_mut().for_each(Waiting::clear);
         for i in self.plan.strips(x, self.largest_norm, floats, &mut bench.strips) {
             bench.escaped[i] = true;
         }
-        let refines = self.plan.refines().filter(|_| !floats && matches!(wanted, Wanted::Best { .. }));
-        if let Some(isa) = refines {
-            self.plan.halve(isa, x, &mut bench.halves);
-        }
         watch.lap(&mut effort.rounding);
-        Pass { dictionary: self, x, wanted, floats, refines, room, bench, found, effort }.run(watch);
+        Pass { dictionary: self, x, wanted, floats, room, bench, found, effort }.run(watch);
         (0..n).filter(|&i| bench.escaped[i]).collect()
     }
 }
@@ -106,20 +94,13 @@ impl Pass<'_> {
                         self.list(row, self.bench.candidates[row].threshold(self.isa(), k));
                     }
                 }
-                self.bound_or_score_listed(k);
+                self.score_listed();
+                (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
                 watch.lap(&mut self.effort.scoring);
             }
         }
         for r in 0..self.found.len() {
             self.list(r, f32::NEG_INFINITY);
-        }
-        if let Wanted::Best { k, .. } = self.wanted {
-            self.bound_or_score_listed(k);
-            let bench = &mut *self.bench;
-            for (refined, row) in bench.refined.iter_mut().zip(0..) {
-                refined.take_reaching(self.dictionary.plan.isa(), f32::NEG_INFINITY, &mut bench.taken);
-                bench.pairs.listed.extend(bench.taken.iter().map(|&feature| (feature, row)));
-            }
         }
         self.score_listed();
         self.found.iter_mut().for_each(|found| finish(found, self.wanted));
@@ -142,14 +123,18 @@ impl Pass<'_> {
 
     fn sweep(&mut self, range: Range<usize>) {
         let plan = &self.dictionary.plan;
-        let group = (GROUP_BYTES / plan.panel_bytes(self.floats).max(1)).max(1);
-        let mut tile = Tile::default();
+        // Panels that stay in the second-level cache while the strips pass.
+        let group = (second_level_bytes() / 2 / plan.panel_bytes(self.floats).max(1)).max(1);
+        let mut tiles = plan.tiles(self.floats);
+        let abreast = tiles.of_strips.len();
         for start in range.clone().step_by(group) {
-            for s in 0..self.bench.strips.lines.len() {
+            for s in (0..self.bench.strips.lines.len()).step_by(abreast) {
                 for p in start..range.end.min(start + group) {
                     let panel = &self.dictionary.panels[p];
-                    plan.tile(self.x, &self.bench.strips, s, panel, self.floats, &mut tile);
-                    self.harvest(s, p, &tile);
+                    plan.screen_strips(self.x, &self.bench.strips, s, panel, self.floats, &mut tiles);
+                    for (tile, s) in tiles.of_strips.iter().zip(s..) {
+                        self.harvest(s, p, tile);
+                    }
                 }
             }
         }
@@ -157,14 +142,23 @@ impl Pass<'_> {
 
     /// Takes the hits of a tile into the rows' candidates.
     fn harvest(&mut self, s: usize, p: usize, tile: &Tile) {
-        let valid = u32::MAX >> (COLS - self.dictionary.panels[p].rows.len() / self.dictionary.plan.d());
-        for (r, (upper, hits)) in tile.upper.iter().zip(tile.hits).enumerate() {
-            let (row, hits) = (s * ROWS + r, hits & valid);
-            if hits == 0 || row >= self.found.len() || self.bench.escaped[row] {
+        let isa = self.isa();
+        let valid = self.dictionary.panels[p].valid;
+        // Which rows have hits is as hard to foretell as the hits: one loop over those that have some.
+        let mut rows = 0_u32;
+        for (r, hits) in tile.hits.iter().enumerate() {
+            rows |= u32::from(hits & valid != 0) << r;
+        }
+        rows &= !(u32::MAX << self.found.len().saturating_sub(s * ROWS).min(ROWS));
+        while rows != 0 {
+            let r = rows.trailing_zeros() as usize;
+            rows &= rows - 1;
+            let row = s * ROWS + r;
+            if self.bench.escaped[row] {
                 continue;
             }
             let candidates = &mut self.bench.candidates[row];
-            candidates.push_hits(upper, hits, (p * COLS) as u32);
+            candidates.push_hits(isa, &tile.upper[r], tile.hits[r] & valid, (p * COLS) as u32);
             if candidates.len() + COLS > self.room && p + 1 < self.dictionary.panels.len() {
                 self.relieve(row);
             }
@@ -180,65 +174,15 @@ impl Pass<'_> {
         self.raise_bar(row, k);
         if self.bench.candidates[row].len() > self.room - self.room / 4 {
             self.bench.escaped[row] = true;
-            self.bench.refined[row].clear();
             self.bench.candidates[row].clear();
             self.set_bar(row, f32::INFINITY);
         }
     }
 
-    /// Bounds the listed pairs a second time where the plan does so, else scores them; then raises the thresholds.
-    fn bound_or_score_listed(&mut self, k: usize) {
-        if let Some(isa) = self.refines {
-            self.refine_listed(isa);
-            (0..self.found.len()).for_each(|row| self.raise_bar_by_refined(row, k));
-        } else {
-            self.score_listed();
-            (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
-        }
-    }
-
-    /// Gives the listed pairs their second bounds, feature by feature.
-    fn refine_listed(&mut self, isa: Isa) {
-        let (dictionary, bench) = (self.dictionary, &mut *self.bench);
-        let (pairs, d) = (&mut bench.pairs, dictionary.plan.d());
-        pairs.sort(dictionary.n_features);
-        let half = |j: usize| dictionary.panels[j / COLS].half(j % COLS, d);
-        let mut start = 0;
-        while start < pairs.rows.len() {
-            let (feature, end) = pairs.group(start);
-            let next = if end < pairs.rows.len() { pairs.group(end).0 } else { feature };
-            let group =
-                Group { w: half(feature), next: half(next), rows: &pairs.rows[start..], len: end - start };
-            pairs.half_products.resize(group.len, 0.0);
-            half_dots_of(isa, group, &bench.halves.x, &mut pairs.half_products);
-            for (&row, &sum) in group.rows.iter().zip(&pairs.half_products) {
-                let (panel, row) = (&dictionary.panels[feature / COLS], row as usize);
-                let upper = panel.refined(feature % COLS, &bench.halves, row, sum);
-                if reaches(upper, bench.strips.bar(row)) {
-                    bench.refined[row].push(upper, feature as u32);
-                }
-            }
-            start = end;
-        }
-        pairs.listed.clear();
-    }
-
-    /// Raises the threshold of a row to its k-th largest lower bound of the second kind.
-    fn raise_bar_by_refined(&mut self, row: usize, k: usize) {
-        let refined = &mut self.bench.refined[row];
-        if refined.len() < k || self.bench.escaped[row] {
-            return;
-        }
-        let gap = self.bench.halves.gap(self.dictionary.largest_half_slack, row);
-        let bar = self.dictionary.bar(f64::from(refined.threshold(self.dictionary.plan.isa(), k)) - gap);
-        refined.drop_below(self.dictionary.plan.isa(), bar);
-        self.drop_below(row, bar);
-    }
-
     /// Raises the threshold of a row to its k-th largest lower bound, if few candidates remain above that.
     fn raise_bar_by_bounds(&mut self, row: usize, k: usize) -> bool {
         let candidates = &self.bench.candidates[row];
-        if candidates.len() < k || !self.found[row].is_empty() || !self.bench.refined[row].is_empty() {
+        if candidates.len() < k || !self.found[row].is_empty() {
             return false;
         }
         let line = &self.bench.strips.lines[row / ROWS];

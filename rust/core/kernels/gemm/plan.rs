@@ -2,7 +2,8 @@
 //!
 //! | path | deterministic | dithered |
 //! | --- | --- | --- |
-//! | `avx512vnni` | bytes up to width 1536, then bf16, or words without it | bytes |
+//! | `amx` | bf16 | bf16 |
+//! | `avx512vnni` | bytes up to width 1536, then words | bytes |
 //! | `avx512bf16` | bf16 | bf16 |
 //! | `avx512`, `avx2` | narrow bytes from width 320 to 1536, else words | narrow bytes from width 320, else words |
 //! | `neondot` | bytes up to width 1536, then f32 | bytes |
@@ -14,8 +15,10 @@ use super::features::Panel;
 use super::isa::{Isa, Path};
 use super::quantize::{self, Limits, Rounding};
 use super::rotate::Rotation;
-use super::strips::Strips;
+use super::strips::{ABREAST, LINE, Strips};
 use super::tile::{COLS, Lines, ROWS, Tile};
+#[cfg(target_arch = "x86_64")]
+use super::{amx, avx2, avx512};
 use super::{dot as dots, narrow, tile};
 use crate::error::Result;
 
@@ -39,11 +42,14 @@ impl Screen {
     pub fn available(isa: Isa) -> impl Iterator<Item = Self> {
         let path = isa.path();
         let has = |least: Path| path >= least && Isa::new(least).is_some();
+        // Beside dot products of integers those of bf16 are no faster anywhere, and four times slower on some processors.
+        let slow = path == Path::Avx512Vnni;
         [
-            (Self::Bytes, matches!(path, Path::Avx512Vnni | Path::NeonDot)),
-            (Self::BrainFloats, has(Path::Avx512Bf16)),
+            (Self::BrainFloats, has(Path::Avx512Bf16) && !slow),
+            (Self::Bytes, matches!(path, Path::Amx | Path::Avx512Vnni | Path::NeonDot)),
             (Self::NarrowBytes, has(Path::Avx2)),
             (Self::Words, has(Path::Avx2)),
+            (Self::BrainFloats, has(Path::Avx512Bf16) && slow),
             (Self::Floats, true),
         ]
         .into_iter()
@@ -69,8 +75,6 @@ const WIDEST_CERTAIN_BYTES: usize = 1_536;
 const NARROWEST_NARROW: usize = 320;
 /// Width from which dithering bounds tighter than rounding to nearest.
 const NARROWEST_DITHERED: usize = 256;
-/// Width from which candidates of the deterministic byte screen are bounded again in bf16 before they are scored.
-pub(super) const NARROWEST_REFINED: usize = 1024;
 /// Rows of larger norm may leave the range of bf16.
 pub(super) const LARGEST_NORM: f64 = 1e37;
 /// Rounding of scales, products and sums in the epilogue, per unit of `|x| |w|`; see [`super::tile`].
@@ -80,6 +84,14 @@ pub(super) const EPILOGUE_BIAS: f64 = 1.0 / (1_u32 << 21) as f64;
 /// Rows and features whose product of norms leaves this range are scored in f64: f32 would over- or underflow.
 pub(super) const SAFE_PRODUCTS: std::ops::Range<f64> = 1e-16..1e36;
 
+/// Tiles of the strips that a screen takes at once.
+#[derive(Debug)]
+pub(super) struct Tiles {
+    pub(super) of_strips: Vec<Tile>,
+    #[cfg(target_arch = "x86_64")]
+    registers: Option<(amx::Registers, amx::Sums)>,
+}
+
 /// How rows and features of one width are rounded.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -88,8 +100,6 @@ pub struct Plan {
     pub(super) certificate: Certificate,
     pub(super) d: usize,
     pub(super) rotation: Rotation,
-    /// The path of the second bounds, where there are any.
-    pub(super) halves: Option<Isa>,
     pub(super) centre: Option<Vec<f32>>,
     pub(super) centre_norm: f64,
 }
@@ -137,14 +147,8 @@ impl Plan {
     ) -> Self {
         let dithers = matches!(screen, Screen::Bytes | Screen::NarrowBytes) && d > NARROWEST_DITHERED;
         let certificate = if dithers { certificate } else { Certificate::Deterministic };
-        let refines = screen == Screen::Bytes && certificate == Certificate::Deterministic;
-        let halves = if refines && d >= NARROWEST_REFINED && d.is_multiple_of(32) {
-            Isa::new(Path::Avx512Bf16)
-        } else {
-            None
-        };
         let centre_norm = centre.as_deref().map_or(0.0, |centre| dots::dot(isa, centre, centre).sqrt());
-        Self { isa, screen, certificate, d, rotation: Rotation::new(d), halves, centre, centre_norm }
+        Self { isa, screen, certificate, d, rotation: Rotation::new(d), centre, centre_norm }
     }
 
     /// The path taken.
@@ -155,11 +159,6 @@ impl Plan {
     /// Arithmetic of the screen.
     pub fn screen(&self) -> Screen {
         self.screen
-    }
-
-    /// The path of the second bounds, where the plan bounds twice.
-    pub(super) fn refines(&self) -> Option<Isa> {
-        self.halves
     }
 
     /// Width of rows and features.
@@ -181,7 +180,7 @@ impl Plan {
     /// What is added to every byte of a row, because the screen takes rows unsigned.
     pub(super) fn offset(&self) -> u8 {
         match self.screen {
-            Screen::Bytes if self.isa.path() == Path::Avx512Vnni => 128,
+            Screen::Bytes if self.isa.path() != Path::NeonDot => 128,
             Screen::NarrowBytes => narrow::OFFSET,
             _ => 0,
         }
@@ -191,6 +190,7 @@ impl Plan {
     pub(super) fn steps(&self) -> usize {
         match self.screen {
             Screen::Bytes | Screen::NarrowBytes => self.d.div_ceil(4),
+            Screen::BrainFloats if self.tiled(false) => self.d.div_ceil(2).next_multiple_of(LINE),
             Screen::Words | Screen::BrainFloats => self.d.div_ceil(2),
             Screen::Floats => 0,
         }
@@ -232,35 +232,70 @@ impl Plan {
         }
     }
 
-    /// Bounds of the scores of strip `s` of `x` with the features of `panel`.
-    pub(super) fn tile(
+    /// Whether the screen runs in tile registers.
+    pub(super) fn tiled(&self, floats: bool) -> bool {
+        !floats && self.screen == Screen::BrainFloats && self.isa.path() == Path::Amx
+    }
+
+    /// Where the tiles of a sweep are made; tile registers are this thread's until it is dropped.
+    pub(super) fn tiles(&self, floats: bool) -> Tiles {
+        let tiled = self.tiled(floats);
+        Tiles {
+            of_strips: vec![Tile::default(); if tiled { ABREAST } else { 1 }],
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a plan has the path of tile registers only where they are permitted; nothing else here uses them.
+            #[allow(unsafe_code)]
+            registers: tiled.then(|| unsafe { (amx::Registers::shape(), amx::Sums::default()) }),
+        }
+    }
+
+    /// Bounds of the scores with the features of `panel`, of strip `s` of `x` and those that `tiles` takes with it.
+    pub(super) fn screen_strips(
         &self,
         x: &[f32],
         strips: &Strips,
         s: usize,
         panel: &Panel,
         floats: bool,
-        tile: &mut Tile,
+        tiles: &mut Tiles,
     ) {
         let lines = &strips.lines[s];
+        let [tile] = &mut tiles.of_strips[..] else { return self.tiled_strips(strips, s, panel, tiles) };
         if floats || self.screen == Screen::Floats {
             let rows = &x[s * ROWS * self.d..x.len().min((s + 1) * ROWS * self.d)];
             dots::screen(self.isa, rows, &panel.rows, self.d, &mut tile.upper);
             tile::bound(self.isa, lines, &panel.float_columns, tile);
-            return;
+        } else {
+            self.packed_tile(strips.words(s, 1), panel, lines, tile);
         }
-        let words = self.steps() * ROWS;
-        let strip = &strips.words[s * words..(s + 1) * words];
-        self.packed_tile(strip, panel, lines, tile);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn tiled_strips(&self, strips: &Strips, s: usize, panel: &Panel, tiles: &mut Tiles) {
+        let Some((registers, sums)) = &mut tiles.registers else { unreachable!("several strips at once") };
+        let rows = strips.n_rows().saturating_sub(s * ROWS).min(ABREAST * ROWS);
+        registers.multiply(strips.words(s, ABREAST), rows, &panel.words, self.steps(), sums);
+        for (i, (tile, sums)) in tiles.of_strips.iter_mut().zip(sums.strips()).enumerate() {
+            // SAFETY: processors with tile registers have AVX-512.
+            #[allow(unsafe_code)]
+            unsafe {
+                avx512::bounds(sums, &strips.lines[s + i], &panel.columns, tile);
+            }
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn tiled_strips(&self, _: &Strips, _: usize, _: &Panel, _: &mut Tiles) {
+        unreachable!("this processor has no tile registers")
     }
 
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code)]
     fn packed_tile(&self, strip: &[u32], panel: &Panel, lines: &Lines, tile: &mut Tile) {
-        use super::{avx2, avx512};
         let kernel = match self.screen {
             Screen::Bytes => avx512::bytes,
             Screen::NarrowBytes => avx2::narrow_bytes,
+            Screen::Words if self.isa.path() >= Path::Avx512Vnni => avx512::words,
             Screen::Words => avx2::words,
             _ => avx512::brain_floats,
         };

@@ -7,9 +7,7 @@
 //!    real score, for which the `k` most promising candidates are scored in f64;
 //! 3. drop the candidates whose bound no longer reaches it.
 //!
-//! After the last range the candidates that are left are scored, the `k` most promising ones first. Wide rows under bytes
-//! are bounded a second time before they are scored, in bf16 and pair by pair, which leaves few more than the members.
-//! Scoring goes feature by feature, so that each feature is read once per block. A row that fills its space although its
+//! After the last range the candidates that are left are scored, the `k` most promising ones first. Scoring goes feature by feature, so that each feature is read once per block. A row that fills its space although its
 //! threshold was raised has defeated the screen; it is screened again in f32, and in the last resort scored against every
 //! feature.
 
@@ -35,7 +33,6 @@ pub struct Dictionary {
     pub(super) n_features: usize,
     pub(super) largest_norm: f64,
     pub(super) largest_slack: Slack,
-    pub(super) largest_half_slack: Slack,
     underflow: f64,
 }
 
@@ -68,7 +65,7 @@ pub struct Effort {
     pub rounding: Duration,
     /// Screens, and taking their hits down.
     pub screening: Duration,
-    /// Second bounds, scores in f64, and thresholds.
+    /// Scores in f64, and thresholds.
     pub scoring: Duration,
 }
 
@@ -120,18 +117,8 @@ impl Dictionary {
         let n_features = panels.iter().map(|p| p.rows.len() / plan.d()).sum();
         let largest_norm = panels.iter().map(|p| p.largest_norm).fold(0.0, f64::max);
         let largest_slack = panels.iter().map(Panel::largest_slack).fold(Slack::default(), Slack::or_larger);
-        let largest_half_slack =
-            panels.iter().map(Panel::largest_half_slack).fold(Slack::default(), Slack::or_larger);
         let weight = panels.iter().flat_map(|p| p.weight).fold(1.0, f64::max);
-        Self {
-            plan,
-            panels,
-            n_features,
-            largest_norm,
-            largest_slack,
-            largest_half_slack,
-            underflow: UNDERFLOW * weight,
-        }
+        Self { plan, panels, n_features, largest_norm, largest_slack, underflow: UNDERFLOW * weight }
     }
 
     /// How features and rows are rounded.

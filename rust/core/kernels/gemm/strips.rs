@@ -1,41 +1,50 @@
 //! Rows packed into strips block by block, each with the bounds of its rounding.
 
 use super::dot::dot;
-use super::features::Slack;
-use super::isa::Isa;
 use super::plan::{LARGEST_NORM, Plan, SAFE_PRODUCTS, Screen};
-use super::quantize::{self, Rounding, up};
+use super::quantize::{Rounding, up};
 use super::tile::{Lines, ROWS};
+use crate::memory::Aligned;
+
+/// Strips that tile registers take at once: four of 12 rows are three tiles of 16.
+pub(super) const ABREAST: usize = 4;
+/// Words of 32 bits in a line of a tile register.
+pub(super) const LINE: usize = 16;
+
+/// Words from row to row for tile registers, where a row has `words`: whole lines, and one more, so that the rows of a tile do not
+/// compete for the same places of the cache where the width is a power of two.
+pub(super) fn row_words(words: usize) -> usize {
+    words.next_multiple_of(LINE) + LINE
+}
 
 /// Rows of a block as a screen reads them.
 #[derive(Debug, Default)]
 pub struct Strips {
-    pub(super) words: Vec<u32>,
+    /// Strip by strip: step by step a word of every row, or row by row for tile registers.
+    words: Aligned<u32>,
     /// Bounds and thresholds, one entry per strip of [`ROWS`] rows.
     pub lines: Vec<Lines>,
+    n_rows: usize,
+    /// Words of a strip.
+    strip: usize,
     scratch: Vec<f32>,
     word: Vec<u32>,
 }
 
 impl Strips {
+    /// Rows that were packed.
+    pub(super) fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// The words of `count` strips from strip `s` on.
+    pub(super) fn words(&self, s: usize, count: usize) -> &[u32] {
+        &self.words[s * self.strip..(s + count) * self.strip]
+    }
+
     /// What the upper bound of a score of row `row` must reach.
     pub(super) fn bar(&self, row: usize) -> f32 {
         self.lines[row / ROWS].threshold[row % ROWS]
-    }
-}
-
-/// Rows in bf16 for the second bounds.
-#[derive(Debug, Default)]
-pub(super) struct Halves {
-    pub(super) x: Vec<u16>,
-    pub(super) slack: Vec<f32>,
-    pub(super) norm: Vec<f32>,
-}
-
-impl Halves {
-    /// As [`Slack::gap`], for a row under the second bounds.
-    pub(super) fn gap(&self, slack: Slack, row: usize) -> f64 {
-        slack.gap(self.slack[row], self.norm[row], false)
     }
 }
 
@@ -46,9 +55,18 @@ impl Plan {
     pub fn strips(&self, x: &[f32], largest_norm: f64, floats: bool, strips: &mut Strips) -> Vec<usize> {
         let floats = floats || self.screen == Screen::Floats;
         let (n, steps) = (x.len() / self.d, if floats { 0 } else { self.steps() });
+        let tiled = self.tiled(floats);
+        let (n_strips, row) = if tiled {
+            (n.div_ceil(ROWS).next_multiple_of(ABREAST), row_words(steps))
+        } else {
+            (n.div_ceil(ROWS), steps)
+        };
+        (strips.n_rows, strips.strip) = (n, ROWS * row);
         strips.lines.clear();
-        strips.lines.resize(n.div_ceil(ROWS), Lines::default());
-        strips.words.resize(n.div_ceil(ROWS) * ROWS * steps, 0);
+        strips.lines.resize(n_strips, Lines::default());
+        if strips.words.len() != n_strips * ROWS * row {
+            strips.words = Aligned::zeros(n_strips * ROWS * row);
+        }
         strips.scratch.resize(self.d, 0.0);
         strips.word.resize(steps, 0);
         let mut misfits = Vec::new();
@@ -70,30 +88,21 @@ impl Plan {
             let accumulation = norm * (self.accumulation(floats) + 2.0_f64.powi(-23));
             line.slack[i % ROWS] = up(rounding.share + accumulation + self.scoring(norm));
             line.norm[i % ROWS] = up(norm + rounding.residual);
-            let strip = &mut strips.words[i / ROWS * ROWS * steps..][..ROWS * steps];
             let offset = self.offset();
             let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut strips.word);
             for byte in bytes {
                 *byte = byte.wrapping_add(offset);
             }
+            if tiled {
+                strips.words[i * row..][..steps].copy_from_slice(&strips.word);
+                continue;
+            }
+            let strip = &mut strips.words[i / ROWS * ROWS * row..][..ROWS * row];
             for (step, &word) in strips.word.iter().enumerate() {
                 strip[step * ROWS + i % ROWS] = word;
             }
         }
         misfits
-    }
-
-    /// Rounds the rows of a block to bf16 for the second bounds.
-    pub(super) fn halve(&self, isa: Isa, x: &[f32], halves: &mut Halves) {
-        halves.x.resize(x.len(), 0);
-        halves.slack.clear();
-        halves.norm.clear();
-        for (x, to) in x.chunks_exact(self.d).zip(halves.x.chunks_exact_mut(self.d)) {
-            let norm = dot(isa, x, x).sqrt();
-            let rounding = quantize::brain_floats(isa, x, to);
-            halves.slack.push(up(rounding.share + norm * self.accumulation(true) + self.scoring(norm)));
-            halves.norm.push(up(norm + rounding.residual));
-        }
     }
 
     /// What rounding in f64 may add to a score, per unit of the feature's norm; `norm` is that of the row, centred or not. It
@@ -112,6 +121,7 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::Isa;
     use super::super::plan::Certificate;
     use super::*;
 

@@ -6,6 +6,7 @@
 
 #![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
 
+use super::hits::take_down;
 use super::isa::{Isa, per_isa};
 use super::sift::sift;
 use super::tile::COLS;
@@ -28,32 +29,18 @@ impl Waiting {
         self.len
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
     pub(super) fn clear(&mut self) {
         self.len = 0;
     }
 
     /// Adds the features of a panel, which begins with feature `first`, whose bit in `hits` is set.
     #[inline]
-    pub(super) fn push_hits(&mut self, upper: &[f32; COLS], mut hits: u32, first: u32) {
+    pub(super) fn push_hits(&mut self, isa: Isa, upper: &[f32; COLS], hits: u32, first: u32) {
         self.make_room();
-        let count = hits.count_ones() as usize;
-        let places = self.upper[self.len..].iter_mut().zip(&mut self.feature[self.len..]);
-        for (bound, feature) in places.take(count) {
-            let c = hits.trailing_zeros();
-            hits &= hits - 1;
-            (*bound, *feature) = (upper[c as usize], first + c);
+        let bounds = self.upper[self.len..].first_chunk_mut();
+        if let (Some(bounds), Some(features)) = (bounds, self.feature[self.len..].first_chunk_mut()) {
+            self.len += take_down(isa, upper, hits, first, bounds, features);
         }
-        self.len += count;
-    }
-
-    pub(super) fn push(&mut self, upper: f32, feature: u32) {
-        self.make_room();
-        (self.upper[self.len], self.feature[self.len]) = (upper, feature);
-        self.len += 1;
     }
 
     /// Room for the hits of a panel.
@@ -178,9 +165,7 @@ mod tests {
     use super::*;
 
     fn waiting(upper: &[f32]) -> Waiting {
-        let mut waiting = Waiting::default();
-        upper.iter().zip(0..).for_each(|(&upper, feature)| waiting.push(upper, feature));
-        waiting
+        Waiting { len: upper.len(), upper: upper.to_vec(), feature: (0..upper.len() as u32).collect() }
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub struct Uppers {
 pub struct Entry {
     /// The instruction.
     pub instruction: Instruction,
-    /// Whether it faults where AVX-512 is lacking: an EVEX prefix, or an operation of mask registers.
+    /// Whether it faults where AVX-512 and AMX are lacking: an EVEX prefix, or an operation of mask or tile registers.
     pub faults: bool,
     /// What it does to the upper halves.
     pub uppers: Uppers,
@@ -54,10 +54,14 @@ pub unsafe fn decode(address: u64) -> Entry {
 }
 
 fn entry(instruction: Instruction) -> Entry {
-    let masks = (0..instruction.op_count()).any(|operand| instruction.op_register(operand).is_k());
+    let registers = |is: fn(Register) -> bool| {
+        (0..instruction.op_count()).any(|operand| is(instruction.op_register(operand)))
+    };
+    let shapes = matches!(instruction.mnemonic(), Mnemonic::Ldtilecfg | Mnemonic::Tilerelease);
+    let lacking = shapes || registers(Register::is_k) || registers(Register::is_tmm);
     let (faults, uppers) = match instruction.code().encoding() {
         EncodingKind::EVEX => (true, uppers(&instruction)),
-        EncodingKind::VEX => (masks, uppers(&instruction)),
+        EncodingKind::VEX => (lacking, uppers(&instruction)),
         // SSE reads and writes xmm and keeps what is above.
         _ => (false, Uppers::default()),
     };

@@ -3,6 +3,8 @@
 use bytemuck::Pod;
 use iced_x86::{Instruction, Register};
 
+use crate::tiles::Tiles;
+
 /// 512 bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C, align(64))]
@@ -44,6 +46,8 @@ pub struct Cpu {
     pub zmm: [Vector; 32],
     /// k0 to k7.
     pub k: [u64; 8],
+    /// The tile registers.
+    pub tiles: Tiles,
     /// rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 to r15.
     pub gpr: [u64; 16],
     /// Address of the next instruction.
@@ -54,7 +58,8 @@ pub struct Cpu {
 
 impl Cpu {
     /// All zeros.
-    pub const ZERO: Self = Self { zmm: [Vector([0; 8]); 32], k: [0; 8], gpr: [0; 16], rip: 0, flags: 0 };
+    pub const ZERO: Self =
+        Self { zmm: [Vector([0; 8]); 32], k: [0; 8], tiles: Tiles::ZERO, gpr: [0; 16], rip: 0, flags: 0 };
 
     /// A general register as far as it is `register` (`eax` is the low half of `rax`).
     pub fn general(&self, register: Register) -> u64 {

@@ -9,6 +9,7 @@ use crate::lanes::{self, Float};
 use crate::movements::movements;
 use crate::operands::At;
 use crate::scalars::{conversions, scalars};
+use crate::tiles::tiles;
 
 /// Why an instruction was not executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +49,7 @@ fn vector(at: &mut At<'_>) -> Outcome<()> {
     if !matches!(instruction.rounding_control(), RoundingControl::None | RoundingControl::RoundToNearest) {
         return Err(Refusal::Form);
     }
-    for family in [moves, floats, fused, integers, movements, scalars, conversions, masks] {
+    for family in [moves, floats, fused, integers, movements, scalars, conversions, masks, tiles] {
         match family(at) {
             Err(Refusal::Unknown) => {}
             outcome => return outcome,
@@ -149,6 +150,7 @@ fn fused(at: &mut At<'_>) -> Outcome<()> {
         M::Vfmadd213pd => zip3::<f64>(at, |x, y, z| lanes::fma(y, x, z)),
         M::Vfmadd231pd => zip3::<f64>(at, |x, y, z| lanes::fma(y, z, x)),
         M::Vpdpbusd => zip3::<u32>(at, lanes::dot_bytes),
+        M::Vpdpwssd => zip3::<u32>(at, lanes::dot_words),
         M::Vdpbf16ps => zip3::<f32>(at, |sum, a, b| lanes::dot_brain_floats(sum, a.to_bits(), b.to_bits())),
         _ => Err(Refusal::Unknown),
     }

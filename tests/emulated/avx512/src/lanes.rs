@@ -165,18 +165,30 @@ pub fn distance_of_bytes(a: u64, b: u64) -> u64 {
     a.to_le_bytes().into_iter().zip(b.to_le_bytes()).map(|(a, b)| u64::from(a.abs_diff(b))).sum()
 }
 
+/// VPDPWSSD: pairs of signed words.
+pub fn dot_words(sum: u32, a: u32, b: u32) -> u32 {
+    let words = |pair: u32| [pair as u16, (pair >> 16) as u16].map(|word| i32::from(word.cast_signed()));
+    let products = words(a).into_iter().zip(words(b)).map(|(a, b)| a.wrapping_mul(b).cast_unsigned());
+    products.fold(sum, u32::wrapping_add)
+}
+
 /// VDPBF16PS: the upper pair, then the lower one, each a fused multiply-add in f32, to nearest even; subnormal numbers are
 /// zero on the way in and on the way out, whatever MXCSR says.
 pub fn dot_brain_floats(sum: f32, a: u32, b: u32) -> f32 {
-    let upper = |pair: u32| zero_if_subnormal(f32::from_bits(pair & 0xffff_0000));
-    let lower = |pair: u32| zero_if_subnormal(f32::from_bits(pair << 16));
-    let operands = [lower(a), lower(b), upper(a), upper(b), sum];
-    if let Some(nan) = operands.into_iter().find(|v| v.is_nan()) {
+    let [upper_a, upper_b] = [a, b].map(|pair| pair & 0xffff_0000);
+    let [lower_a, lower_b] = [a, b].map(|pair| pair << 16);
+    let operands = [lower_a, lower_b, upper_a, upper_b].map(f32::from_bits);
+    if let Some(nan) = operands.into_iter().chain([sum]).find(|v| v.is_nan()) {
         return nan.quiet();
     }
-    let step = |sum: f32, a: f32, b: f32| flushed(a.mul_add(b, sum).settled(), a, b, sum);
-    let first = step(zero_if_subnormal(sum), upper(a), upper(b));
-    if first.is_nan() { first } else { step(first, lower(a), lower(b)) }
+    let first = multiply_add_brain_floats(zero_if_subnormal(sum), upper_a, upper_b);
+    if first.is_nan() { first } else { multiply_add_brain_floats(first, lower_a, lower_b) }
+}
+
+/// A fused multiply-add of two bf16, each with zeros below it, with subnormal numbers taken for zero.
+pub fn multiply_add_brain_floats(sum: f32, a: u32, b: u32) -> f32 {
+    let [a, b] = [a, b].map(|bits| zero_if_subnormal(f32::from_bits(bits)));
+    flushed(a.mul_add(b, sum).settled(), a, b, sum)
 }
 
 fn zero_if_subnormal(v: f32) -> f32 {

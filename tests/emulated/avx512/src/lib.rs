@@ -1,6 +1,6 @@
-//! Executes AVX-512 instructions in software, where the processor lacks them: kernels are tested as they are compiled.
+//! Executes instructions of AVX-512 and of tile registers (AMX) in software, where the processor lacks them: kernels are tested as they are compiled.
 //!
-//! 1. An instruction with an EVEX prefix, or of mask registers, faults. The handler of SIGILL ([`trap`]) finds the registers
+//! 1. An instruction with an EVEX prefix, of mask registers or of tile registers faults. The handler of SIGILL ([`trap`]) finds the registers
 //!    in the frame of the signal ([`frame`]), decodes ([`code`]), and executes ([`execute`], [`lanes`]) this instruction and
 //!    those that follow, as long as it knows them and comes to others that would fault.
 //! 2. The processor keeps the low 256 bits of zmm0 to zmm15; each thread's [`cpu::Cpu`] keeps the rest.
@@ -29,4 +29,5 @@ mod movements;
 mod operands;
 mod preload;
 mod scalars;
+mod tiles;
 pub mod trap;

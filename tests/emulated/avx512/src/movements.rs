@@ -30,6 +30,7 @@ pub(crate) fn movements(at: &mut At<'_>) -> Outcome<()> {
         M::Vpermt2pd | M::Vpermt2q => permute_two::<u64>(at, 1, 0),
         M::Vpermi2ps | M::Vpermi2d => permute_two::<u32>(at, 0, 1),
         M::Vpermi2pd | M::Vpermi2q => permute_two::<u64>(at, 0, 1),
+        M::Vpcompressd | M::Vcompressps => compress::<u32>(at),
         M::Vpshufb => shuffle_bytes(at),
         M::Vinsertps => insert_lane(at),
         M::Vextractf32x4 | M::Vextracti32x4 => extract(at, 16),
@@ -68,6 +69,16 @@ fn shuffle_bytes(at: &mut At<'_>) -> Outcome<()> {
             if index & 0x80 == 0 { table.lanes::<u8>()[l / 16 * 16 + usize::from(index & 15)] } else { 0 };
     }
     at.write_vector::<u8>(result)
+}
+
+/// The lanes of operand 1 whose mask bit is set, side by side; beyond them those of operand 0, or zeros.
+fn compress<T: Pod>(at: &mut At<'_>) -> Outcome<()> {
+    let (mask, from) = (at.mask().unwrap_or(u64::MAX), at.vector::<T>(1)?);
+    let mut result = if at.instruction.zeroing_masking() { Vector::default() } else { at.vector::<T>(0)? };
+    let lanes = at.length(1) / size_of::<T>();
+    let taken = from.lanes::<T>()[..lanes].iter().enumerate().filter(|(l, _)| mask >> l & 1 == 1);
+    result.lanes_mut::<T>().iter_mut().zip(taken).for_each(|(to, (_, from))| *to = *from);
+    at.write_register(result)
 }
 
 /// All ones in the lanes whose mask bit is set, zeros in the others.

@@ -8,13 +8,13 @@ use crate::cpu::{Cpu, Vector};
 use crate::execute::{Outcome, Refusal};
 
 /// Copies from memory of the program.
-fn read(address: u64, to: &mut [u8]) {
+pub(crate) fn read(address: u64, to: &mut [u8]) {
     // SAFETY: the program executes an instruction that reads these bytes; if it may not, it faults here as there.
     unsafe { copy(address as *const u8, to.as_mut_ptr(), to.len()) }
 }
 
 /// Copies to memory of the program.
-fn write(address: u64, from: &[u8]) {
+pub(crate) fn write(address: u64, from: &[u8]) {
     // SAFETY: the program executes an instruction that writes these bytes; if it may not, it faults here as there.
     unsafe { copy(from.as_ptr(), address as *mut u8, from.len()) }
 }
@@ -78,7 +78,7 @@ pub(crate) struct At<'a> {
 
 impl At<'_> {
     /// The write-mask, if there is one.
-    fn mask(&self) -> Option<u64> {
+    pub(crate) fn mask(&self) -> Option<u64> {
         let register = self.instruction.op_mask();
         (register != Register::None).then(|| self.cpu.k[register.number()])
     }
@@ -88,7 +88,7 @@ impl At<'_> {
         if self.mask().is_some() { Err(Refusal::Form) } else { Ok(()) }
     }
 
-    fn address(&self, operand: u32) -> Outcome<u64> {
+    pub(crate) fn address(&self, operand: u32) -> Outcome<u64> {
         self.cpu.address(self.instruction, operand).ok_or(Refusal::Form)
     }
 
@@ -168,6 +168,13 @@ impl At<'_> {
             }
         }
         self.cpu.zmm[number] = merged.cut(length);
+        Ok(())
+    }
+
+    /// Writes a register that is operand 0, whatever the mask.
+    pub(crate) fn write_register(&mut self, result: Vector) -> Outcome<()> {
+        let (number, length) = (self.vector_number(0)?, self.length(0));
+        self.cpu.zmm[number] = result.cut(length);
         Ok(())
     }
 

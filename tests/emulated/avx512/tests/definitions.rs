@@ -56,6 +56,43 @@ fn dot_products_of_bytes_are_those_of_integers_and_wrap() {
     each(|a| a.vpdpbusd(zmm0, zmm1, zmm2).unwrap(), check);
 }
 
+#[test]
+fn dot_products_of_words_are_those_of_integers_and_wrap() {
+    let check = |before: &Cpu, found: Vector| {
+        for (l, found) in found.lanes::<u32>().iter().enumerate() {
+            let pair = |register: usize| &before.zmm[register].lanes::<i16>()[2 * l..2 * l + 2];
+            let products = pair(1).iter().zip(pair(2)).map(|(a, b)| i64::from(*a) * i64::from(*b));
+            let sum = i64::from(words(before, 0)[l].cast_signed()) + products.sum::<i64>();
+            assert_eq!(*found, sum as u32, "lane {l}");
+        }
+    };
+    each(|a| a.vpdpwssd(zmm0, zmm1, zmm2).unwrap(), check);
+}
+
+#[test]
+fn lanes_are_compressed_to_the_front() {
+    let taken = |before: &Cpu| {
+        let mask = before.k[3];
+        let lanes = words(before, 1).iter().enumerate().filter(move |(l, _)| mask >> l & 1 == 1);
+        lanes.map(|(_, word)| *word).collect::<Vec<_>>()
+    };
+    let merging = |before: &Cpu, found: Vector| {
+        let taken = taken(before);
+        let rest = &words(before, 0)[taken.len()..];
+        assert_eq!(found.lanes::<u32>(), [&taken[..], rest].concat());
+    };
+    each(|a| a.vpcompressd(zmm0.k3(), zmm1).unwrap(), merging);
+    each(|a| a.vcompressps(zmm0.k3(), zmm1).unwrap(), merging);
+    each(
+        |a| a.vpcompressd(zmm0.k3().z(), zmm1).unwrap(),
+        |before, found| {
+            let mut taken = taken(before);
+            taken.resize(16, 0);
+            assert_eq!(found.lanes::<u32>(), taken);
+        },
+    );
+}
+
 fn pair(upper: f32, lower: f32) -> u32 {
     assert_eq!((upper.to_bits() | lower.to_bits()) & 0xffff, 0, "no bf16");
     upper.to_bits() | lower.to_bits() >> 16

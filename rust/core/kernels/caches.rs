@@ -1,0 +1,67 @@
+//! How much a cache of this processor holds: blocks are sized by it, results never depend on it.
+#![allow(unsafe_code)]
+
+use std::sync::OnceLock;
+
+/// Where the processor does not say.
+const USUAL: usize = 512 << 10;
+/// What no second-level cache is smaller or larger than; a virtual machine may say anything.
+const SENSIBLE: std::ops::RangeInclusive<usize> = (128 << 10)..=(8 << 20);
+
+/// Bytes of the second-level cache of a core.
+pub fn second_level_bytes() -> usize {
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    *BYTES.get_or_init(|| asked().filter(|bytes| SENSIBLE.contains(bytes)).unwrap_or(USUAL))
+}
+
+#[cfg(target_arch = "x86_64")]
+fn asked() -> Option<usize> {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    /// The leaves that describe caches in the same words: of Intel, and of AMD.
+    const LEAVES: [u32; 2] = [4, 0x8000_001d];
+    /// More caches than any core has.
+    const MOST: u32 = 8;
+    #[allow(unused_unsafe)] // needed by the oldest compiler that is supported
+    // SAFETY: every x86-64 processor has the instruction.
+    let ask = |leaf, number| unsafe { __cpuid_count(leaf, number) };
+    #[allow(unused_unsafe)]
+    // SAFETY: as above.
+    let last = |leaf: u32| unsafe { __cpuid(leaf & 0x8000_0000).eax };
+    let caches = LEAVES
+        .into_iter()
+        .filter(|&leaf| leaf <= last(leaf))
+        .flat_map(|leaf| (0..MOST).map(move |number| (leaf, number)))
+        .map(|(leaf, number)| ask(leaf, number));
+    // Kind 0 is none, 2 holds instructions.
+    let mut data = caches.filter(|cache| !matches!(cache.eax & 31, 0 | 2) && cache.eax >> 5 & 7 == 2);
+    let field = |word: u32, start: u32, bits: u32| ((word >> start & ((1 << bits) - 1)) + 1) as usize;
+    data.next().map(|cache| {
+        let (ways, parts, line) =
+            (field(cache.ebx, 22, 10), field(cache.ebx, 12, 10), field(cache.ebx, 0, 12));
+        ways * parts * line * (cache.ecx as usize + 1)
+    })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn asked() -> Option<usize> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_level_cache_is_that_of_the_system() {
+        assert!(SENSIBLE.contains(&second_level_bytes()));
+        let Ok(text) = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index2/size") else {
+            return;
+        };
+        let Some(kib) = text.trim().strip_suffix('K').and_then(|kib| kib.parse::<usize>().ok()) else {
+            return;
+        };
+        if asked().is_some() && SENSIBLE.contains(&(kib << 10)) {
+            assert_eq!(second_level_bytes(), kib << 10);
+        }
+    }
+}
