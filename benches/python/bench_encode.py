@@ -50,10 +50,11 @@ def measure(d: int, d_sae: int, k: int, threads: int) -> list[dict[str, Any]]:
     W_enc = rng.standard_normal((d, d_sae), dtype=np.float32) / np.float32(np.sqrt(d))
     encoders = {c: mt.TopKEncoder(W_enc, None, k=k, certificate=c) for c in ("deterministic", "dithered")}
     ours = {name: (lambda e=encoder: e(x, progress=False)) for name, encoder in encoders.items()}
-    before = timing.peak_mib()
+    least_mib = timing.peak_mib()
     encoders["deterministic"](x, progress=False)
-    extra_mib = timing.peak_mib() - before
-    seconds = timing.alternate(ours | peers(x, W_enc, k, threads))
+    extra_mib = timing.peak_mib() - least_mib
+    before = timing.let_threads_rest if threads > 1 else None
+    seconds = timing.alternate(ours | peers(x, W_enc, k, threads), before=before)
     lines = []
     for certificate, encoder in encoders.items():
         for peer in BARS:

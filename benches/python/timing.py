@@ -60,11 +60,16 @@ def seconds(call: Callable[[], Any], inner: int = 1) -> Seconds:
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu) / inner
 
 
+def let_threads_rest() -> None:
+    """Wait until threads that a call has left spinning for more work, as those of OpenMP and OpenBLAS do, give it up."""
+    time.sleep(0.4)
+
+
 def alternate(
     calls: dict[str, Callable[[], Any]],
     repeats: int = REPEATS,
     inner: dict[str, int] | None = None,
-    before: Callable[[], Any] = lambda: None,
+    before: Callable[[], Any] | None = None,
 ) -> dict[str, list[Seconds]]:
     """Times of each call, a round of all after the other; the first round warms up and does not count.
 
@@ -78,7 +83,8 @@ def alternate(
     found: dict[str, list[Seconds]] = {name: [] for name in calls}
     for i in range(repeats + 1):
         for name, call in calls.items():
-            before()
+            if before:
+                before()
             spent = seconds(call, (inner or {}).get(name, 1))
             if i:
                 found[name].append(spent)

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs the kernel tests on the AVX-512 paths of a processor without AVX-512. See README.md beside this file.
+# Runs the kernel tests on the paths of AVX-512 and AMX, on a processor without AVX-512. See README.md beside this file.
 #
 #   tests/emulated/avx512.sh [FOLDER]      # default: target/emulated; builds go there
 set -euo pipefail
@@ -29,15 +29,14 @@ check() {
     passed+=("$3 on $2, of $1: $((SECONDS - start)) s")
 }
 
-all=avx512,avx512bf16,avx512vnni
-# These go through all paths by themselves. Without bf16, as on the first processors with VNNI, plans are others.
-check $all avx512vnni "kernels" --lib kernels::
-check $all avx512vnni "kernels_encode" --test kernels_encode
-check avx512,avx512vnni avx512vnni "kernels_encode" --test kernels_encode
+all=avx512,avx512bf16,avx512vnni,amx
+# These go through all paths by themselves.
+check $all amx "kernels" --lib kernels::
+check $all amx "kernels_encode" --test kernels_encode
 for path in ${all//,/ }; do
     check $all "$path" "metrics_similarity" --test metrics_similarity
 done
-# The three paths share the kernels of CKA.
+# The paths share the kernels of CKA.
 check $all avx512 "metrics_cka" --test metrics_cka
 
 echo; echo "passed:"; printf '  %s\n' "${passed[@]}"

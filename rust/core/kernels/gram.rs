@@ -100,14 +100,9 @@ impl Frame {
         Self { shift, scale, usual: usual * f64::from(scale) * f64::from(scale) }
     }
 
-    /// A squared norm in units of what is usual.
-    pub fn heaviness(&self, norm: f64) -> f64 {
-        if norm > 0.0 { norm / self.usual } else { 0.0 }
-    }
-
     /// Whether a row of this squared norm is so much larger than the others that sums of `f32` with it would lose theirs.
     pub fn is_heavy(&self, norm: f64) -> bool {
-        self.heaviness(norm) > HEAVY
+        norm > HEAVY * self.usual
     }
 
     /// Widens row `i` of `rows` into `out`, shifted and scaled; adds it to `sums` and returns its squared norm.

@@ -35,9 +35,6 @@ use crate::scan::{Buffer, Context, Source, map_ordered};
 /// Runs of neighbouring rows that the provisional mean is taken from, evenly spread, and their length.
 const SAMPLE_RUNS: usize = 16;
 const RUN_ROWS: usize = 16;
-/// Squared norm of a row, in units of the usual one and of the number of rows, from which a Gram matrix of `f32` sums loses the fourth
-/// digit of the others: the feature form is taken instead.
-const HEAVIEST: f64 = 100.0;
 
 /// Which HSIC estimator CKA is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,8 +100,6 @@ struct Sums {
     inner: Vec<f64>,
     rows: Vec<f64>,
     totals: Vec<f64>,
-    /// Largest squared norm of a row in units of what is usual in its layer, where the form does not take such rows apart.
-    heaviest: f64,
 }
 
 impl Sums {
@@ -114,7 +109,6 @@ impl Sums {
             inner: vec![0.0; layers * layers],
             rows: vec![0.0; layers * layers],
             totals: vec![0.0; layers],
-            heaviest: 0.0,
         }
     }
 
@@ -181,8 +175,7 @@ impl Problem<'_> {
 
 /// Linear CKA of every layer of `xs` with every layer of `ys`; without `ys`, of all pairs of `xs`.
 ///
-/// `form` is chosen by cost when it is `None`, unless a row is so much larger than the others that the Gram form would lose theirs.
-/// `context.memory_budget` bounds the memory beyond the inputs. The bits of the result depend on the form, so on the budget where
+/// `form` is chosen by cost when it is `None`. `context.memory_budget` bounds the memory beyond the inputs. The bits of the result depend on the form, so on the budget where
 /// the cheaper one does not fit; never on the number of threads.
 ///
 /// # Errors
@@ -201,10 +194,7 @@ pub fn cka_matrix(
     let cheaper = problem.cost(Form::Gram) < problem.cost(Form::Feature) && gram::fits(&problem, context);
     let sums = match form {
         Some(Form::Gram) => gram::sums(&problem, context)?,
-        None if cheaper => {
-            let sums = gram::sums(&problem, context)?;
-            if sums.heaviest > HEAVIEST * problem.n as f64 { feature::sums(&problem, context)? } else { sums }
-        }
+        None if cheaper => gram::sums(&problem, context)?,
         _ => feature::sums(&problem, context)?,
     };
     let hsic = |pair| sums.hsic(estimator, problem.n, pair);

@@ -242,9 +242,6 @@ fn finish(
         Ok(row_sums)
     })?;
     let mut out = Sums::new(count);
-    for (frame, norms) in problem.frames.iter().zip(&norms) {
-        out.heaviest = out.heaviest.max(frame.heaviness(norms.iter().copied().fold(0.0, f64::max)));
-    }
     for (&(l, m), inner) in problem.pairs.iter().zip(inner) {
         let diagonal = if debiased { 0.0 } else { dot(problem.isa, &norms[l], &norms[m]) };
         out.inner[l * count + m] = inner + diagonal;

@@ -104,9 +104,9 @@ fn subset_cka(kernels: &[Kernel], rows: &[usize]) -> f64 {
     let (mut inner, mut cross, mut totals) = ([0.0; 3], [0.0; 3], [0.0; 2]);
     for &i in rows {
         let (k, l) = (kernels[0].row(i), kernels[1].row(i));
-        let (mut sum_k, mut sum_l) = (-k[i], -l[i]);
-        let mut products = [-k[i] * l[i], -k[i] * k[i], -l[i] * l[i]];
-        for &j in rows {
+        // The diagonal is left out, not taken off: of a row far larger than the others it is all that would remain.
+        let (mut sum_k, mut sum_l, mut products) = (0.0, 0.0, [0.0; 3]);
+        for &j in rows.iter().filter(|&&j| j != i) {
             let (a, b) = (k[j], l[j]);
             sum_k += a;
             sum_l += b;

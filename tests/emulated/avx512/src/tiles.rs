@@ -76,12 +76,12 @@ pub(crate) fn tiles(at: &mut At<'_>) -> Outcome<()> {
             if !fits || a == b || a == to || b == to {
                 return Err(Refusal::Form);
             }
+            let words = &at.cpu.tiles.words;
             let mut sums = [[0; LINE_WORDS]; LINES];
-            for m in 0..shape.0 {
-                for n in 0..shape.1 / 4 {
-                    let pairs =
-                        (0..right.0).map(|k| (at.cpu.tiles.words[a][m][k], at.cpu.tiles.words[b][k][n]));
-                    sums[m][n] = product(f32::from_bits(at.cpu.tiles.words[to][m][n]), pairs).to_bits();
+            for (m, sums) in sums[..shape.0].iter_mut().enumerate() {
+                for (n, sum) in sums[..shape.1 / 4].iter_mut().enumerate() {
+                    let pairs = (0..right.0).map(|k| (words[a][m][k], words[b][k][n]));
+                    *sum = product(f32::from_bits(words[to][m][n]), pairs).to_bits();
                 }
             }
             at.cpu.tiles.words[to] = sums;
