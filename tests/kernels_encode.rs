@@ -4,8 +4,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use microtome_core::kernels::gemm::dot::dot;
-use microtome_core::kernels::gemm::isa::VARIABLE;
 use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
+use microtome_core::kernels::isa::VARIABLE;
 use microtome_core::metrics::encode::{Activation, Weights};
 use microtome_core::scan::Context;
 use microtome_core::scan::encode::{Codes, encode, pack};

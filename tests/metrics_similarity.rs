@@ -4,8 +4,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use microtome_core::kernels::gemm::Isa;
 use microtome_core::kernels::gemm::dot::dot;
+use microtome_core::kernels::isa::Isa;
 use microtome_core::metrics::similarity::{Matches, match_rows, row_cosines};
 use microtome_core::scan::Context;
 use microtome_core::{Data, Rows};

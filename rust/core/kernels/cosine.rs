@@ -3,7 +3,7 @@
 #![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
 
 use super::gemm::dot::fused;
-use super::gemm::isa::per_isa;
+use super::isa::per_isa;
 
 /// Partial sums of each of the [`dots`]; part of the definition of their last bits.
 const LANES: usize = 32;

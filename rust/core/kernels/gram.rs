@@ -15,7 +15,7 @@
 
 use std::ops::Range;
 
-use super::gemm::isa::{Isa, per_isa};
+use super::isa::{Isa, per_isa};
 use super::panel::{Kernel, Side};
 use super::residual::squared_distance;
 use crate::rows::Rows;

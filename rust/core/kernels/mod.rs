@@ -5,6 +5,7 @@ pub mod checksum;
 pub mod cosine;
 pub mod gemm;
 pub mod gram;
+pub mod isa;
 pub mod moments;
 pub mod panel;
 pub mod prefetch;

@@ -20,9 +20,9 @@
 // Intrinsics become instructions only once everything between them and the function with the target feature is inlined.
 #![allow(clippy::inline_always)]
 
-use super::gemm::isa::Isa;
+use super::isa::Isa;
 #[cfg(target_arch = "x86_64")]
-use super::gemm::isa::Path;
+use super::isa::Path;
 
 /// Which factor of a product a panel is part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

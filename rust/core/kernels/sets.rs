@@ -6,7 +6,7 @@
 
 #![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
 
-use super::gemm::isa::per_isa;
+use super::isa::per_isa;
 
 /// Words that hold `n` bits.
 pub fn words(n: usize) -> usize {
@@ -63,7 +63,7 @@ pub fn nodes(words: &[u64], first: usize, out: &mut [i64]) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::gemm::Isa;
+    use super::super::isa::Isa;
     use super::*;
 
     #[test]

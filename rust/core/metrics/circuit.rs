@@ -5,7 +5,7 @@ pub mod chance;
 pub mod top;
 
 use crate::error::{Error, Result};
-use crate::kernels::gemm::Isa;
+use crate::kernels::isa::Isa;
 use crate::kernels::sets::{count, insert, nodes, overlap, words};
 use crate::memory::zeros;
 use crate::scan::{Context, fill_parts, grid, map_ordered};

@@ -27,8 +27,8 @@ pub mod minibatch;
 pub mod rbf;
 
 use crate::error::{Error, Result};
-use crate::kernels::gemm::Isa;
 use crate::kernels::gram::{Frame, Margins};
+use crate::kernels::isa::Isa;
 use crate::rows::Rows;
 use crate::scan::{Buffer, Context, Source, map_ordered};
 

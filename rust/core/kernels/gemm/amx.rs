@@ -1,7 +1,7 @@
 //! The micro-kernel of Intel's matrix extension (AMX): 48 rows × 32 features of sums in six tile registers.
 //!
 //! A tile register holds 16 lines of 64 bytes. TDPBF16PS adds to a tile of f32 sums, 16 rows × 16 features, the products of
-//! 16 rows × 32 bf16 and 32 bf16 × 16 features, in 16 cycles: 16 times the products of an f32 multiply-add of 512 bits. Features lie in
+//! 16 rows × 32 bf16 and 32 bf16 × 16 features, in 16 cycles: 16 times the rate of two f32 multiply-adds of 512 bits a cycle. Features lie in
 //! pairs along the input width, as in every packed panel; rows lie as they are.
 //!
 //! Three tiles of rows by two of features leave one register for either side. Lines of the panel come from the second-level
@@ -34,38 +34,6 @@ impl Sums {
     pub fn strips(&self) -> &[[[f32; COLS]; ROWS]] {
         self.0.as_chunks().0
     }
-}
-
-/// Whether the processor has tiles of bf16, and the system lets this process use them: it has to be asked, once.
-pub fn permitted() -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        use std::sync::OnceLock;
-        static PERMITTED: OnceLock<bool> = OnceLock::new();
-        *PERMITTED.get_or_init(|| has_tiles() && ask())
-    }
-    #[cfg(not(target_os = "linux"))]
-    false
-}
-
-#[cfg(target_os = "linux")]
-fn has_tiles() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
-    /// Bits of leaf 7, register EDX: TDPBF16PS and tiles.
-    const TILES: u32 = 1 << 22 | 1 << 24;
-    #[allow(unused_unsafe)] // needed by the oldest compiler that is supported
-    // SAFETY: every x86-64 processor has the instruction; the leaf is asked for only where there is one.
-    unsafe {
-        __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & TILES == TILES
-    }
-}
-
-#[cfg(target_os = "linux")]
-fn ask() -> bool {
-    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
-    const XFEATURE_XTILEDATA: libc::c_long = 18;
-    // SAFETY: the call changes no memory; a kernel that does not know it says so.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
 
 /// Shapes of the tile registers: all are 16 lines of 64 bytes.
@@ -228,8 +196,8 @@ impl Drop for Registers {
 
 #[cfg(test)]
 mod tests {
-    use super::super::isa::{Isa, Path};
     use super::*;
+    use crate::kernels::isa::{Isa, Path};
 
     /// Two bf16 of small integers, whose products are exact.
     fn pair(i: usize) -> (u32, [f32; 2]) {

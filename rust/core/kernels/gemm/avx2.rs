@@ -176,9 +176,9 @@ fn store_sums(to: &mut [i32; LANES], from: __m256i) {
 mod tests {
     use super::super::Isa;
     use super::super::exact::{check, interleave, sequence};
-    use super::super::isa::Path;
     use super::super::quantize::{self, Limits};
     use super::*;
+    use crate::kernels::isa::Path;
 
     #[test]
     fn sums_of_word_products_are_those_of_64_bit_arithmetic() {

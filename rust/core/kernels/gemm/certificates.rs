@@ -2,10 +2,10 @@
 
 use super::dot::dot;
 use super::features::Terms;
-use super::isa::Path;
 use super::plan::{Certificate, Plan, Screen};
 use super::strips::Strips;
 use super::tile::{COLS, ROWS};
+use crate::kernels::isa::Path;
 
 /// A number of mean zero and spread one, and the next state: enough of a Gaussian to test bounds.
 fn normal(state: &mut u64) -> f32 {

@@ -1,7 +1,7 @@
 //! Dot products: the exact one that decides every result, and the f32 ones that screen where nothing faster fits.
 
-use super::isa::{Isa, per_isa};
 use super::tile::{COLS, ROWS};
+use crate::kernels::isa::{Isa, per_isa};
 use crate::kernels::prefetch::fetch;
 
 /// Partial sums of [`dot`]. Part of the definition of a score: changing it changes last bits.

@@ -4,8 +4,8 @@
 //! compressed and stored whole, hits first.
 #![allow(unsafe_code)]
 
-use super::isa::Isa;
 use super::tile::COLS;
+use crate::kernels::isa::Isa;
 
 /// Writes the hits to the front of both arrays, in order, and says how many they are; `first` is the feature of bit 0. What lies
 /// behind the hits, up to [`COLS`] of them, may be written too.

@@ -45,7 +45,6 @@ pub mod dot;
 mod exact;
 pub mod features;
 mod hits;
-pub mod isa;
 mod narrow;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -60,7 +59,7 @@ pub mod strips;
 pub mod tile;
 mod waiting;
 
+pub use crate::kernels::isa::Isa;
 pub use features::{Panel, Terms};
-pub use isa::Isa;
 pub use plan::{Certificate, Plan, Screen};
 pub use select::{Dictionary, Scored, Space, Wanted};

@@ -9,8 +9,8 @@
 use std::arch::aarch64::{int32x4_t, vdupq_n_s32, vld1q_u32, vreinterpretq_s32_u32, vst1q_s32};
 use std::arch::asm;
 
-use super::isa::Isa;
 use super::tile::{self, COLS, Columns, Lines, ROWS, Tile};
+use crate::kernels::isa::Isa;
 
 /// Lanes of a register.
 const LANES: usize = 4;
@@ -105,8 +105,8 @@ fn load(from: &[u32; LANES]) -> int32x4_t {
 #[cfg(test)]
 mod tests {
     use super::super::exact::{check, interleave, sequence};
-    use super::super::isa::Path;
     use super::*;
+    use crate::kernels::isa::Path;
 
     #[test]
     fn sums_of_byte_products_are_those_of_64_bit_arithmetic() {

@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use super::dot::{Group, dot, dots_of};
-use super::isa::Isa;
 use super::pairs::Pairs;
 use super::quantize::up;
 use super::select::{Dictionary, Effort, Wanted, Watch, finish};
@@ -11,6 +10,7 @@ use super::strips::Strips;
 use super::tile::{COLS, ROWS, Tile};
 use super::waiting::{Waiting, reaches};
 use crate::kernels::caches::second_level_bytes;
+use crate::kernels::isa::Isa;
 use crate::kernels::topk::{Scored, keep_best};
 
 /// Features of the first range; each further one ends four times as far.

@@ -12,7 +12,6 @@
 //! A screen without dithering is deterministic whatever was asked for.
 
 use super::features::Panel;
-use super::isa::{Isa, Path};
 use super::quantize::{self, Limits, Rounding};
 use super::rotate::Rotation;
 use super::strips::{ABREAST, LINE, Strips};
@@ -21,6 +20,7 @@ use super::tile::{COLS, Lines, ROWS, Tile};
 use super::{amx, avx2, avx512};
 use super::{dot as dots, narrow, tile};
 use crate::error::Result;
+use crate::kernels::isa::{Isa, Path};
 
 /// Arithmetic of the screen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,8 +17,8 @@
 //! which does not grow with the width. [`FAILURE`] is the probability granted per inner product. 16-bit words need no luck:
 //! scaled so that sums of products just fit into 32 bits, they leave out some 1e-4 of a norm.
 
-use super::isa::per_isa;
 use super::narrow;
+use crate::kernels::isa::per_isa;
 
 /// Probability that one dithered inner product leaves its bound.
 pub const FAILURE: f64 = 1e-18;

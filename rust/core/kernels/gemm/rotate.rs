@@ -5,7 +5,7 @@
 //! two overlapping transforms, of the first and of the last `16 · 2^p` elements. Outliers without it: one dimension a
 //! hundred times the others costs every other dimension its resolution. (Randomised Hadamard: Ailon & Chazelle 2009.)
 
-use super::isa::per_isa;
+use crate::kernels::isa::per_isa;
 
 /// Elements that stay side by side in every butterfly.
 const SIDE: usize = 16;

@@ -4,10 +4,10 @@
 //! register of eight goes at a time, put in order by a table of the 256 sets of its lanes.
 #![allow(unsafe_code)]
 
-use super::isa::Isa;
-#[cfg(target_arch = "x86_64")]
-use super::isa::Path;
 use super::waiting::reaches;
+use crate::kernels::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::isa::Path;
 
 /// How far a division has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -121,9 +121,9 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use super::super::isa::Isa;
     use super::super::plan::Certificate;
     use super::*;
+    use crate::kernels::isa::Isa;
 
     #[test]
     fn rows_beyond_the_range_of_f32_are_named_misfits() {

@@ -3,7 +3,7 @@
 //! A screened score `s` of row `x` and feature `w` is within `ε = slack_x · |w| + |x_q| · |e_w|` of the real one (see
 //! [`super::quantize`]). The tile keeps `u = s + ε`: a feature with `u` below the threshold cannot be a member.
 
-use super::isa::per_isa;
+use crate::kernels::isa::per_isa;
 
 /// Rows of a tile.
 pub const ROWS: usize = 12;

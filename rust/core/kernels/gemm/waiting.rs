@@ -7,9 +7,9 @@
 #![allow(clippy::inline_always)] // bodies of `per_isa`, which compiles each once per instruction set
 
 use super::hits::take_down;
-use super::isa::{Isa, per_isa};
 use super::sift::sift;
 use super::tile::COLS;
+use crate::kernels::isa::{Isa, per_isa};
 use crate::kernels::sieve::{key, score_of};
 
 /// Of how many candidates wanted one more may reach the threshold.

@@ -3,7 +3,7 @@
 
 use super::to_nodes;
 use crate::error::{Error, Result};
-use crate::kernels::gemm::Isa;
+use crate::kernels::isa::Isa;
 use crate::kernels::sets::{count, words};
 use crate::kernels::sieve::{Bracket, Doubtful, key, sift};
 use crate::memory::zeros;

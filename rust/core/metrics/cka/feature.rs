@@ -10,7 +10,8 @@
 //! `X'b` for all layers comes out of the same products: the norms of all layers are packed as one more layer.
 //!
 //! Taking the diagonal out is a difference of fourth powers of norms, and a row a hundred times larger than the others would
-//! leave nothing of theirs to sums of `f32`. Such [heavy rows](Heavy) stay out of the panels and are added in `f64`.
+//! leave nothing of theirs to sums of `f32`. Such [heavy rows](Heavy) stay out of the panels and are added in `f64`, which
+//! keeps CKA to some 1e-16 of the square of their ratio to the others.
 //!
 //! Tiles that do not fit into the memory budget at once are done in rounds, each of which reads the rows again.
 

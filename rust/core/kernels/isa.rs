@@ -1,12 +1,10 @@
-//! Run-time dispatch: which instructions this processor has, asked once per packed dictionary.
+//! Run-time dispatch: which instructions this processor has, asked once per packed dictionary or call.
 
-#[cfg(target_arch = "x86_64")]
-use super::amx;
 use crate::error::{Error, Result};
 
 /// Instruction sets with a path of their own, from the plainest to the fastest.
 ///
-/// The path decides which screen runs (see [`super`]) and with how many lanes, never the result.
+/// The path decides which screen runs (see [`super::gemm`]) and with how many lanes, never the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Path {
     /// What the compiler's baseline offers.
@@ -81,7 +79,8 @@ impl Path {
             Self::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
             Self::Avx512Vnni => avx512 && is_x86_feature_detected!("avx512vnni"),
             Self::Amx => {
-                [Self::Avx512Bf16, Self::Avx512Vnni].map(Self::supported) == [true; 2] && amx::permitted()
+                [Self::Avx512Bf16, Self::Avx512Vnni].map(Self::supported) == [true; 2]
+                    && tiles_are_permitted()
             }
         }
     }
@@ -99,6 +98,37 @@ impl Path {
     fn supported(self) -> bool {
         self == Self::Plain
     }
+}
+
+/// Whether the processor has tiles of bf16, and the system lets this process use them: it has to be asked, once.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn tiles_are_permitted() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    use std::sync::OnceLock;
+    /// Bits of leaf 7, register EDX: TDPBF16PS and tiles.
+    const TILES: u32 = 1 << 22 | 1 << 24;
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    static PERMITTED: OnceLock<bool> = OnceLock::new();
+    *PERMITTED.get_or_init(|| {
+        #[allow(
+            unsafe_code,
+            unused_unsafe,
+            reason = "the oldest compiler that is supported takes CPUID for unsafe"
+        )]
+        // SAFETY: every x86-64 processor has the instruction; the leaf is asked for only where there is one. The call changes no
+        // memory, and a kernel that does not know it says so.
+        unsafe {
+            __cpuid(0).eax >= 7
+                && __cpuid_count(7, 0).edx & TILES == TILES
+                && libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+        }
+    })
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn tiles_are_permitted() -> bool {
+    false
 }
 
 /// Whether `MICROTOME_EMULATED` names the path, in a list with commas: an emulator provides it (`tests/emulated`).
@@ -157,7 +187,7 @@ impl Isa {
 macro_rules! per_isa {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident;) => {
         $(#[$doc])*
-        $vis fn $name(isa: $crate::kernels::gemm::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name(isa: $crate::kernels::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
             fn avx512($($arg: $ty),*) $(-> $ret)? {
@@ -168,7 +198,7 @@ macro_rules! per_isa {
             fn avx2($($arg: $ty),*) $(-> $ret)? {
                 $body::<true>($($arg),*)
             }
-            use $crate::kernels::gemm::isa::Path;
+            use $crate::kernels::isa::Path;
             match isa.path() {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an `Isa` exists only for a path whose features the processor was asked for.
