@@ -33,6 +33,7 @@ pub struct Strips {
 
 impl Strips {
     /// Rows that were packed.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(super) fn n_rows(&self) -> usize {
         self.n_rows
     }

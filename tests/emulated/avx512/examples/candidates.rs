@@ -1,6 +1,6 @@
 //! How much a selection scores in f64 on paths that this processor lacks: pairs per row and per member, and rows that escape.
 //!
-//! `MICROTOME_EMULATED=avx512,avx512bf16,avx512vnni cargo run --release -p emulated-avx512 --example candidates`, with the
+//! `MICROTOME_EMULATED=avx512,avx512bf16,avx512vnni,amx cargo run --release -p emulated-avx512 --example candidates`, with the
 //! names of paths and the widths that are wanted, else all.
 //!
 //! Rows are Gaussian, features are too, divided by the square root of the width: the numbers of the encoding benchmark.
