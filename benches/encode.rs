@@ -7,7 +7,8 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
+use microtome_core::kernels::gemm::{Certificate, Dictionary, Plan, Space, Terms, Wanted};
+use microtome_core::kernels::isa::Isa;
 use microtome_core::metrics::decode::{CsrCodes, decode_rows};
 use microtome_core::scan::{Context, map_ordered};
 use microtome_core::{Data, Rows};

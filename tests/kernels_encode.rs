@@ -4,8 +4,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use microtome_core::kernels::gemm::dot::dot;
-use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
-use microtome_core::kernels::isa::VARIABLE;
+use microtome_core::kernels::gemm::{Certificate, Dictionary, Plan, Space, Terms, Wanted};
+use microtome_core::kernels::isa::{Isa, VARIABLE};
 use microtome_core::metrics::encode::{Activation, Weights};
 use microtome_core::scan::Context;
 use microtome_core::scan::encode::{Codes, encode, pack};
@@ -42,8 +42,19 @@ fn dictionary(plan: &Plan, features: &[f32]) -> Dictionary {
 
 /// Compares the members of every row with the expected ones, in order.
 fn assert_members(dictionary: &Dictionary, x: &[f32], wanted: Wanted, expected: &[Vec<u32>]) {
-    let (plan, mut space) = (dictionary.plan(), Space::default());
-    dictionary.select(x, wanted, &mut space);
+    assert_members_in(&mut Space::default(), dictionary, x, wanted, expected);
+}
+
+/// The same in a space that may have served before.
+fn assert_members_in(
+    space: &mut Space,
+    dictionary: &Dictionary,
+    x: &[f32],
+    wanted: Wanted,
+    expected: &[Vec<u32>],
+) {
+    let plan = dictionary.plan();
+    dictionary.select(x, wanted, space);
     for (i, expected) in expected.iter().enumerate() {
         let found: Vec<u32> = space.found(i).iter().map(|s| s.feature).collect();
         assert_eq!(
@@ -127,6 +138,26 @@ fn wide_rows_stay_exact() {
     x[d..2 * d].fill(0.0);
     x[2 * d..3 * d].iter_mut().for_each(|v| *v *= 3e37);
     check(&x, &noise(f * d, 16), d, 12);
+}
+
+#[test]
+fn what_a_block_leaves_in_a_space_does_not_show_in_the_next() {
+    let (d, f, k) = (100, 300, 5);
+    let features = noise(f * d, 31);
+    // Rows that no screen takes, in other places each time, and fewer rows at the end: words of former rows stay where they were.
+    let blocks = [(50, 1), (50, 7), (50, 3), (17, 2), (50, 49)].map(|(n, misfit)| {
+        let mut x = noise(n * d, 32 + misfit as u64);
+        x.chunks_mut(d).skip(misfit).step_by(9).flatten().for_each(|v| *v *= 3e37);
+        x
+    });
+    let wanted = Wanted::Best { k, positive: true };
+    for plan in Plan::every(d, Certificate::Deterministic, None) {
+        let (dictionary, mut space) = (dictionary(&plan, &features), Space::default());
+        for x in &blocks {
+            let expected: Vec<_> = x.chunks(d).map(|row| best(row, &features, k, true)).collect();
+            assert_members_in(&mut space, &dictionary, x, wanted, &expected);
+        }
+    }
 }
 
 #[test]

@@ -33,6 +33,8 @@ all=avx512,avx512bf16,avx512vnni,amx
 # These go through all paths by themselves.
 check $all amx "kernels" --lib kernels::
 check $all amx "kernels_encode" --test kernels_encode
+# The first processors with VNNI had no bf16.
+check avx512,avx512vnni avx512vnni "metrics_similarity" --test metrics_similarity
 for path in ${all//,/ }; do
     check $all "$path" "metrics_similarity" --test metrics_similarity
 done

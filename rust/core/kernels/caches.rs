@@ -38,7 +38,7 @@ fn asked() -> Option<usize> {
     data.next().map(|cache| {
         let (ways, parts, line) =
             (field(cache.ebx, 22, 10), field(cache.ebx, 12, 10), field(cache.ebx, 0, 12));
-        ways * parts * line * (cache.ecx as usize + 1)
+        [ways, parts, line].into_iter().fold((cache.ecx as usize).saturating_add(1), usize::saturating_mul)
     })
 }
 
@@ -52,16 +52,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_second_level_cache_is_that_of_the_system() {
+    fn the_second_level_cache_is_one_that_the_system_knows() {
         assert!(SENSIBLE.contains(&second_level_bytes()));
-        let Ok(text) = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index2/size") else {
-            return;
+        // Cores of one processor may differ.
+        let size = |core: usize| {
+            let path = format!("/sys/devices/system/cpu/cpu{core}/cache/index2/size");
+            let text = std::fs::read_to_string(path).ok()?;
+            text.trim().strip_suffix('K')?.parse::<usize>().ok().map(|kib| kib << 10)
         };
-        let Some(kib) = text.trim().strip_suffix('K').and_then(|kib| kib.parse::<usize>().ok()) else {
-            return;
-        };
-        if asked().is_some() && SENSIBLE.contains(&(kib << 10)) {
-            assert_eq!(second_level_bytes(), kib << 10);
-        }
+        let known: Vec<usize> = (0..64).map_while(size).filter(|bytes| SENSIBLE.contains(bytes)).collect();
+        assert!(known.is_empty() || asked().is_none() || known.contains(&second_level_bytes()), "{known:?}");
     }
 }

@@ -175,8 +175,8 @@ impl Problem<'_> {
 
 /// Linear CKA of every layer of `xs` with every layer of `ys`; without `ys`, of all pairs of `xs`.
 ///
-/// `form` is chosen by cost when it is `None`. `context.memory_budget` bounds the memory beyond the inputs. The bits of the result depend on the form, so on the budget where
-/// the cheaper one does not fit; never on the number of threads.
+/// `form` is chosen by cost when it is `None`. `context.memory_budget` bounds the memory beyond the inputs. The bits of the result
+/// depend on the form, so on the budget where the cheaper one does not fit; never on the number of threads.
 ///
 /// # Errors
 /// [`Error::Shape`] when layers differ in rows, when there are too few, or when there is no layer; [`Error::NonFinite`];

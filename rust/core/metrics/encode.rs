@@ -12,7 +12,8 @@
 use crate::error::{Error, Result};
 use crate::kernels::gemm::dot::dot;
 use crate::kernels::gemm::tile::COLS;
-use crate::kernels::gemm::{Certificate, Dictionary, Isa, Panel, Plan, Scored, Space, Terms, Wanted};
+use crate::kernels::gemm::{Certificate, Dictionary, Panel, Plan, Scored, Space, Terms, Wanted};
+use crate::kernels::isa::Isa;
 use crate::rows::{Data, Rows};
 
 /// What of the pre-activations fires.

@@ -9,15 +9,16 @@ use std::ops::Range;
 use crate::error::{Error, Result};
 use crate::kernels::cosine::dots;
 use crate::kernels::gemm::tile::COLS;
-use crate::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
+use crate::kernels::gemm::{Certificate, Dictionary, Plan, Space, Terms, Wanted};
+use crate::kernels::isa::Isa;
 use crate::kernels::topk::Scored;
 use crate::rows::Rows;
 use crate::scan::{Context, fill_pieces, grid, map_ordered, map_ordered_with, spread};
 
 /// Rows per task where every row is one cosine.
 const BLOCK_ROWS: usize = 256;
-/// Most rows of `a` that are matched at once.
-const MATCH_ROWS: usize = 512;
+/// Most rows of `a` that are matched at once: strips of 12, and groups of four of them.
+const MATCH_ROWS: usize = 528;
 /// Least rows of `b` packed at once.
 const CHUNK_ROWS: usize = 1024;
 

@@ -16,8 +16,8 @@ use crate::rows::Rows;
 
 /// Rows per block with a fixed number of slots: enough to read the packed weights rarely.
 const SLOT_ROWS: usize = 1024;
-/// Rows per block where a row may have any number of entries.
-const RAGGED_ROWS: usize = 128;
+/// Rows per block where a row may have any number of entries: strips of 12, and groups of four of them.
+const RAGGED_ROWS: usize = 144;
 /// Ranks per row and member of the batch that the first pass of Batch Top-K looks at, and how much deeper it looks where those are too
 /// few.
 const BATCH_DEPTH: usize = 2;

@@ -1,23 +1,26 @@
 //! The micro-kernel of Intel's matrix extension (AMX): 48 rows × 32 features of sums in six tile registers.
 //!
 //! A tile register holds 16 lines of 64 bytes. TDPBF16PS adds to a tile of f32 sums, 16 rows × 16 features, the products of
-//! 16 rows × 32 bf16 and 32 bf16 × 16 features, in 16 cycles: 16 times the rate of two f32 multiply-adds of 512 bits a cycle. Features lie in
-//! pairs along the input width, as in every packed panel; rows lie as they are.
+//! 16 rows × 32 bf16 and 32 bf16 × 16 features, in 16 cycles: 16 times the rate of two f32 multiply-adds of 512 bits a
+//! cycle. Features lie in pairs along the input width, as in every packed panel; rows lie as they are.
 //!
 //! Three tiles of rows by two of features leave one register for either side. Lines of the panel come from the second-level
 //! cache and serve 48 rows, so that it can follow: two tiles of rows are as fast in registers and slower in all.
 #![allow(unsafe_code)]
 
 use std::arch::asm;
+use std::cell::Cell;
 use std::marker::PhantomData;
 
 use super::strips::{ABREAST, LINE, row_words};
 use super::tile::{COLS, ROWS};
+use crate::kernels::isa::{Isa, Path};
 
 /// Rows of the strips that are multiplied at once.
 const HEIGHT: usize = ABREAST * ROWS;
 /// Lines of a tile register.
 const LINES: usize = 16;
+
 /// Sums of some strips with a panel.
 #[derive(Debug)]
 #[repr(C, align(64))]
@@ -54,6 +57,10 @@ static SHAPES: Shapes = Shapes {
     lines: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
+thread_local! {
+    static SHAPED: Cell<bool> = const { Cell::new(false) };
+}
+
 /// The tile registers of this thread, shaped until this is dropped: the proof that [`Registers::multiply`] may use them.
 #[derive(Debug)]
 pub struct Registers(PhantomData<*const ()>);
@@ -61,10 +68,13 @@ pub struct Registers(PhantomData<*const ()>);
 impl Registers {
     /// Shapes the registers.
     ///
-    /// # Safety
-    /// They are [`permitted`], and this thread does not use them otherwise meanwhile.
-    pub unsafe fn shape() -> Self {
-        // SAFETY: the caller's promise; the shapes are 64 readable bytes of a valid palette.
+    /// # Panics
+    /// Where the path is not [`Path::Amx`], or the registers of this thread are shaped already.
+    pub fn shape(isa: Isa) -> Self {
+        assert_eq!(isa.path(), Path::Amx, "a path with tile registers");
+        assert!(!SHAPED.replace(true), "one owner of the tile registers of a thread");
+        // SAFETY: the path is there, so the system permits the registers, and nobody else here uses them; the shapes are 64 readable
+        // bytes of a valid palette.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const SHAPES, options(nostack, preserves_flags)) };
         Self(PhantomData)
     }
@@ -191,13 +201,13 @@ impl Drop for Registers {
     fn drop(&mut self) {
         // SAFETY: the registers are shaped, so they are there. Released, they are not saved at every change of threads.
         unsafe { asm!("tilerelease", options(nostack, preserves_flags, nomem)) };
+        SHAPED.set(false);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::isa::{Isa, Path};
 
     /// Two bf16 of small integers, whose products are exact.
     fn pair(i: usize) -> (u32, [f32; 2]) {
@@ -208,9 +218,7 @@ mod tests {
 
     #[test]
     fn tiles_add_up_every_product_once() {
-        if Isa::new(Path::Amx).is_none() {
-            return;
-        }
+        let Some(isa) = Isa::new(Path::Amx) else { return };
         for words in [LINE, 3 * LINE] {
             let (a, b) =
                 (|r: usize, k: usize| pair(r * words + k), |k: usize, c: usize| pair(1000 + k * COLS + c));
@@ -219,10 +227,9 @@ mod tests {
                 row[..words].iter_mut().enumerate().for_each(|(k, word)| *word = a(r, k).0);
             }
             let panel: Vec<u32> = (0..words * COLS).map(|i| b(i / COLS, i % COLS).0).collect();
-            // SAFETY: the path is there, so the registers are permitted.
-            let registers = unsafe { Registers::shape() };
-            let mut sums = Sums::default();
+            let registers = Registers::shape(isa);
             for rows in [1, 16, 17, 32, 33, HEIGHT] {
+                let mut sums = Sums([[f32::NAN; COLS]; HEIGHT]);
                 registers.multiply(&strips, rows, &panel, words, &mut sums);
                 for (r, row) in sums.strips().iter().flatten().enumerate().take(rows) {
                     for (c, sum) in row.iter().enumerate() {

@@ -174,10 +174,10 @@ fn store_sums(to: &mut [i32; LANES], from: __m256i) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Isa;
     use super::super::exact::{check, interleave, sequence};
     use super::super::quantize::{self, Limits};
     use super::*;
+    use crate::kernels::isa::Isa;
     use crate::kernels::isa::Path;
 
     #[test]

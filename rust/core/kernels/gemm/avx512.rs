@@ -2,8 +2,8 @@
 //! bits, and for bf16.
 //!
 //! Every step reads 32 words of the panel (two registers) and broadcasts 12 words of the strip; a word holds four bytes,
-//! two of 16 bits, or two bf16 along the input width. 24 dot-product instructions per 14 loads keep both vector pipes of a 512-bit core
-//! busy. The epilogue turns sums into upper bounds and hit masks (see [`super::tile`]) before anything is stored.
+//! two of 16 bits, or two bf16 along the input width. 24 dot-product instructions per 14 loads keep both vector pipes of a
+//! 512-bit core busy. The epilogue turns sums into upper bounds and hit masks (see [`super::tile`]) before anything is stored.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{

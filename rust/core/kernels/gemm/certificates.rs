@@ -29,6 +29,9 @@ fn vectors(n: usize, d: usize, kind: usize, state: &mut u64) -> Vec<f32> {
         .collect()
 }
 
+/// Rows of several strips, the last one incomplete: what tile registers take at once.
+const SEVERAL: usize = 40;
+
 /// Compares bounds and real scores of about `pairs` pairs; says how much of its slack each path and screen ever needed.
 fn shares_of_slack(pairs: usize, certificate: Certificate) -> Vec<(Path, Screen, f64)> {
     let mut worst: Vec<(Path, Screen, f64)> = Vec::new();
@@ -37,7 +40,7 @@ fn shares_of_slack(pairs: usize, certificate: Certificate) -> Vec<(Path, Screen,
     for t in 0..tiles {
         let d = [16, 64, 100, 300, 513][t % 5];
         let w = vectors(COLS, d, t / 5 % 5, &mut state);
-        let x = vectors(ROWS, d, t / 25 % 5, &mut state);
+        let x = vectors(if t % 8 == 0 { SEVERAL } else { ROWS }, d, t / 25 % 5, &mut state);
         let centre = (t % 3 == 0).then(|| vectors(1, d, 0, &mut state));
         for plan in Plan::every(d, certificate, centre.as_deref()) {
             let share = worst_of_tile(&plan, t, &x, &w);
@@ -68,19 +71,25 @@ fn worst_of_tile(plan: &Plan, t: usize, x: &[f32], w: &[f32]) -> f64 {
     let mut strips = Strips::default();
     assert!(plan.strips(x, panel.largest_norm, false, &mut strips).is_empty());
     let (mut tiles, mut worst) = (plan.tiles(false), 0.0_f64);
-    plan.screen_strips(x, &strips, 0, &panel, false, &mut tiles);
-    let tile = &tiles.of_strips[0];
-    let line = &strips.lines[0];
     let columns = if plan.screen() == Screen::Floats { &panel.float_columns } else { &panel.columns };
-    for (r, x) in x.chunks(d).enumerate() {
-        let gap = panel.largest_slack().gap(line.slack[r], line.norm[r], false);
-        for (c, w) in w.chunks(d).enumerate() {
-            let rank = (dot(plan.isa(), x, w) + terms.bias[c]) * terms.weight[c];
-            let above = f64::from(tile.upper[r][c]) - rank;
-            assert!((0.0..=gap).contains(&above), "{plan:?} tile {t} ({r}, {c}): {above} of {gap}");
-            let slack = line.slack[r] * columns.norm[c] + line.norm[r] * columns.residual[c];
-            if slack > 0.0 {
-                worst = worst.max(1.0 - above / f64::from(slack));
+    for first in (0..strips.lines.len()).step_by(tiles.of_strips.len()) {
+        plan.screen_strips(x, &strips, first, &panel, false, &mut tiles);
+        for (tile, s) in tiles.of_strips.iter().zip(first..) {
+            let line = &strips.lines[s];
+            for (r, x) in x.chunks(d).skip(s * ROWS).take(ROWS).enumerate() {
+                let gap = panel.largest_slack().gap(line.slack[r], line.norm[r], false);
+                for (c, w) in w.chunks(d).enumerate() {
+                    let rank = (dot(plan.isa(), x, w) + terms.bias[c]) * terms.weight[c];
+                    let above = f64::from(tile.upper[r][c]) - rank;
+                    assert!(
+                        (0.0..=gap).contains(&above),
+                        "{plan:?} tile {t} ({s}, {r}, {c}): {above} of {gap}"
+                    );
+                    let slack = line.slack[r] * columns.norm[c] + line.norm[r] * columns.residual[c];
+                    if slack > 0.0 {
+                        worst = worst.max(1.0 - above / f64::from(slack));
+                    }
+                }
             }
         }
     }

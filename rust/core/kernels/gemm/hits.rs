@@ -1,7 +1,7 @@
 //! Taking down what hits: of one row of a tile the bounds whose bits are set, and their features, one after the other.
 //!
-//! How many hits a row has nobody can foretell, so a loop over them costs a mispredicted branch each time. With AVX-512 two registers are
-//! compressed and stored whole, hits first.
+//! How many hits a row has nobody can foretell, so a loop over them costs a mispredicted branch each time. With AVX-512 two
+//! registers are compressed and stored whole, hits first.
 #![allow(unsafe_code)]
 
 use super::tile::COLS;
@@ -20,7 +20,7 @@ pub(super) fn take_down(
 ) -> usize {
     #[cfg(target_arch = "x86_64")]
     if isa.path().is_avx512() {
-        // SAFETY: the path has the instructions.
+        // SAFETY: paths of AVX-512 ask for their instructions.
         return unsafe { avx512::take_down(upper, hits, first, bounds, features) };
     }
     #[cfg(not(target_arch = "x86_64"))]

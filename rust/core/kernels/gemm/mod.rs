@@ -59,7 +59,6 @@ pub mod strips;
 pub mod tile;
 mod waiting;
 
-pub use crate::kernels::isa::Isa;
 pub use features::{Panel, Terms};
 pub use plan::{Certificate, Plan, Screen};
 pub use select::{Dictionary, Scored, Space, Wanted};

@@ -76,9 +76,9 @@ pub(super) fn largest_part(v: &[f32], top: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Isa;
     use super::super::quantize::{self, Limits};
     use super::*;
+    use crate::kernels::isa::Isa;
 
     /// Vectors that press against a limit: equal elements, single ones, whole parts, alternating signs.
     fn extremes(d: usize) -> Vec<Vec<f32>> {

@@ -124,7 +124,7 @@ impl Pass<'_> {
     fn sweep(&mut self, range: Range<usize>) {
         let plan = &self.dictionary.plan;
         // Panels that stay in the second-level cache while the strips pass.
-        let group = (second_level_bytes() / 2 / plan.panel_bytes(self.floats).max(1)).max(1);
+        let group = (second_level_bytes() / 2 / plan.panel_bytes(self.floats)).max(1);
         let mut tiles = plan.tiles(self.floats);
         let abreast = tiles.of_strips.len();
         for start in range.clone().step_by(group) {

@@ -166,9 +166,14 @@ impl Plan {
         self.d
     }
 
-    /// Bytes of one packed panel.
+    /// Whether a screen reads rows and features as they are: where it was asked to, or knows no other way.
+    pub(super) fn reads_floats(&self, floats: bool) -> bool {
+        floats || self.screen == Screen::Floats
+    }
+
+    /// Bytes of a panel as a screen reads it.
     pub(super) fn panel_bytes(&self, floats: bool) -> usize {
-        let words = if floats { self.d } else { self.panel_steps() };
+        let words = if self.reads_floats(floats) { self.d } else { self.panel_steps() };
         words * COLS * 4
     }
 
@@ -239,13 +244,16 @@ impl Plan {
 
     /// Where the tiles of a sweep are made; tile registers are this thread's until it is dropped.
     pub(super) fn tiles(&self, floats: bool) -> Tiles {
-        let tiled = self.tiled(floats);
+        #[cfg(target_arch = "x86_64")]
+        if self.tiled(floats) {
+            let registers = (amx::Registers::shape(self.isa), amx::Sums::default());
+            return Tiles { of_strips: vec![Tile::default(); ABREAST], registers: Some(registers) };
+        }
+        let _ = floats;
         Tiles {
-            of_strips: vec![Tile::default(); if tiled { ABREAST } else { 1 }],
+            of_strips: vec![Tile::default()],
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a plan has the path of tile registers only where they are permitted; nothing else here uses them.
-            #[allow(unsafe_code)]
-            registers: tiled.then(|| unsafe { (amx::Registers::shape(), amx::Sums::default()) }),
+            registers: None,
         }
     }
 
@@ -259,34 +267,27 @@ impl Plan {
         floats: bool,
         tiles: &mut Tiles,
     ) {
-        let lines = &strips.lines[s];
-        let [tile] = &mut tiles.of_strips[..] else { return self.tiled_strips(strips, s, panel, tiles) };
-        if floats || self.screen == Screen::Floats {
+        #[cfg(target_arch = "x86_64")]
+        if let Some((registers, sums)) = &mut tiles.registers {
+            let rows = strips.n_rows().saturating_sub(s * ROWS).min(ABREAST * ROWS);
+            registers.multiply(strips.words(s, ABREAST), rows, &panel.words, self.steps(), sums);
+            for (i, (tile, sums)) in tiles.of_strips.iter_mut().zip(sums.strips()).enumerate() {
+                // SAFETY: the path of tile registers stands above those of AVX-512, and asks for them; see `Path`.
+                #[allow(unsafe_code)]
+                unsafe {
+                    avx512::bounds(sums, &strips.lines[s + i], &panel.columns, tile);
+                }
+            }
+            return;
+        }
+        let (lines, tile) = (&strips.lines[s], &mut tiles.of_strips[0]);
+        if self.reads_floats(floats) {
             let rows = &x[s * ROWS * self.d..x.len().min((s + 1) * ROWS * self.d)];
             dots::screen(self.isa, rows, &panel.rows, self.d, &mut tile.upper);
             tile::bound(self.isa, lines, &panel.float_columns, tile);
         } else {
             self.packed_tile(strips.words(s, 1), panel, lines, tile);
         }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn tiled_strips(&self, strips: &Strips, s: usize, panel: &Panel, tiles: &mut Tiles) {
-        let Some((registers, sums)) = &mut tiles.registers else { unreachable!("several strips at once") };
-        let rows = strips.n_rows().saturating_sub(s * ROWS).min(ABREAST * ROWS);
-        registers.multiply(strips.words(s, ABREAST), rows, &panel.words, self.steps(), sums);
-        for (i, (tile, sums)) in tiles.of_strips.iter_mut().zip(sums.strips()).enumerate() {
-            // SAFETY: processors with tile registers have AVX-512.
-            #[allow(unsafe_code)]
-            unsafe {
-                avx512::bounds(sums, &strips.lines[s + i], &panel.columns, tile);
-            }
-        }
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    fn tiled_strips(&self, _: &Strips, _: usize, _: &Panel, _: &mut Tiles) {
-        unreachable!("this processor has no tile registers")
     }
 
     #[cfg(target_arch = "x86_64")]

@@ -220,8 +220,8 @@ pub fn down(v: f64) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Isa;
     use super::*;
+    use crate::kernels::isa::Isa;
 
     #[test]
     fn bytes_and_step_give_the_vector_back_within_the_residual() {

@@ -5,7 +5,7 @@
 //! two overlapping transforms, of the first and of the last `16 · 2^p` elements. Outliers without it: one dimension a
 //! hundred times the others costs every other dimension its resolution. (Randomised Hadamard: Ailon & Chazelle 2009.)
 
-use crate::kernels::isa::per_isa;
+use crate::kernels::isa::{Isa, per_isa};
 
 /// Elements that stay side by side in every butterfly.
 const SIDE: usize = 16;
@@ -43,7 +43,7 @@ impl Rotation {
     }
 
     /// Rotates `x` in place.
-    pub fn apply(&self, isa: super::Isa, x: &mut [f32]) {
+    pub fn apply(&self, isa: Isa, x: &mut [f32]) {
         rotate(isa, x, &self.signs, self.norm);
     }
 }
@@ -91,8 +91,8 @@ per_isa! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Isa;
     use super::*;
+    use crate::kernels::isa::Isa;
 
     #[test]
     fn a_rotation_keeps_inner_products_and_spreads_an_outlier() {

@@ -7,9 +7,9 @@
 //!    real score, for which the `k` most promising candidates are scored in f64;
 //! 3. drop the candidates whose bound no longer reaches it.
 //!
-//! After the last range the candidates that are left are scored, the `k` most promising ones first. Scoring goes feature by feature, so that each feature is read once per block. A row that fills its space although its
-//! threshold was raised has defeated the screen; it is screened again in f32, and in the last resort scored against every
-//! feature.
+//! After the last range the candidates that are left are scored, the `k` most promising ones first. Scoring goes feature by
+//! feature, so that each feature is read once per block. A row that fills its space although its threshold was raised has
+//! defeated the screen; it is screened again in f32, and in the last resort scored against every feature.
 
 use std::time::{Duration, Instant};
 

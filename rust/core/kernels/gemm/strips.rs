@@ -1,7 +1,7 @@
 //! Rows packed into strips block by block, each with the bounds of its rounding.
 
 use super::dot::dot;
-use super::plan::{LARGEST_NORM, Plan, SAFE_PRODUCTS, Screen};
+use super::plan::{LARGEST_NORM, Plan, SAFE_PRODUCTS};
 use super::quantize::{Rounding, up};
 use super::tile::{Lines, ROWS};
 use crate::memory::Aligned;
@@ -11,10 +11,10 @@ pub(super) const ABREAST: usize = 4;
 /// Words of 32 bits in a line of a tile register.
 pub(super) const LINE: usize = 16;
 
-/// Words from row to row for tile registers, where a row has `words`: whole lines, and one more, so that the rows of a tile do not
-/// compete for the same places of the cache where the width is a power of two.
+/// Words from row to row for tile registers, where a row has `words`, whole lines: one line more, so that the rows of a tile do
+/// not compete for the same places of the cache where the width is a power of two.
 pub(super) fn row_words(words: usize) -> usize {
-    words.next_multiple_of(LINE) + LINE
+    words + LINE
 }
 
 /// Rows of a block as a screen reads them.
@@ -54,7 +54,7 @@ impl Plan {
     ///
     /// With `floats` the strips serve the f32 screen, which reads the rows where they are.
     pub fn strips(&self, x: &[f32], largest_norm: f64, floats: bool, strips: &mut Strips) -> Vec<usize> {
-        let floats = floats || self.screen == Screen::Floats;
+        let floats = self.reads_floats(floats);
         let (n, steps) = (x.len() / self.d, if floats { 0 } else { self.steps() });
         let tiled = self.tiled(floats);
         let (n_strips, row) = if tiled {
@@ -65,7 +65,9 @@ impl Plan {
         (strips.n_rows, strips.strip) = (n, ROWS * row);
         strips.lines.clear();
         strips.lines.resize(n_strips, Lines::default());
-        if strips.words.len() != n_strips * ROWS * row {
+        // What a former block left there is as good as zeros: no kernel mixes rows, and nobody reads the bounds of misfits and of
+        // rows that are not there.
+        if strips.words.len() < n_strips * ROWS * row {
             strips.words = Aligned::zeros(n_strips * ROWS * row);
         }
         strips.scratch.resize(self.d, 0.0);

@@ -12,11 +12,13 @@ use super::tile::COLS;
 use crate::kernels::isa::{Isa, per_isa};
 use crate::kernels::sieve::{key, score_of};
 
+/// What `make_room` has made.
+const ROOM: &str = "room for the hits of a panel";
 /// Of how many candidates wanted one more may reach the threshold.
 const SPARE: usize = 8;
 
-/// Candidates of a row, in the order in which they came: the first `len` of either array. The arrays are longer, so that a
-/// hit is two stores: to lengthen them would clear first what is about to be written.
+/// Candidates of a row, in the order in which they came: the first `len` of either array. The arrays are longer, so that
+/// hits are stored where they belong: to lengthen them would clear first what is about to be written.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Waiting {
     len: usize,
@@ -37,10 +39,9 @@ impl Waiting {
     #[inline]
     pub(super) fn push_hits(&mut self, isa: Isa, upper: &[f32; COLS], hits: u32, first: u32) {
         self.make_room();
-        let bounds = self.upper[self.len..].first_chunk_mut();
-        if let (Some(bounds), Some(features)) = (bounds, self.feature[self.len..].first_chunk_mut()) {
-            self.len += take_down(isa, upper, hits, first, bounds, features);
-        }
+        let bounds = self.upper[self.len..].first_chunk_mut().expect(ROOM);
+        let features = self.feature[self.len..].first_chunk_mut().expect(ROOM);
+        self.len += take_down(isa, upper, hits, first, bounds, features);
     }
 
     /// Room for the hits of a panel.

@@ -9,8 +9,8 @@
 use std::time::Instant;
 
 use emulated_avx512::trap;
-use microtome_core::kernels::gemm::{Certificate, Dictionary, Isa, Plan, Space, Terms, Wanted};
-use microtome_core::kernels::isa::Path;
+use microtome_core::kernels::gemm::{Certificate, Dictionary, Plan, Space, Terms, Wanted};
+use microtome_core::kernels::isa::{Isa, Path};
 
 const ROWS: usize = 64;
 const SHAPES: [(usize, usize, usize); 2] = [(512, 16_384, 32), (2048, 16_384, 50)];

@@ -1,8 +1,9 @@
-//! Executes instructions of AVX-512 and of tile registers (AMX) in software, where the processor lacks them: kernels are tested as they are compiled.
+//! Executes instructions of AVX-512 and of tile registers (AMX) in software, where the processor lacks them: kernels are
+//! tested as they are compiled.
 //!
-//! 1. An instruction with an EVEX prefix, of mask registers or of tile registers faults. The handler of SIGILL ([`trap`]) finds the registers
-//!    in the frame of the signal ([`frame`]), decodes ([`code`]), and executes ([`execute`], [`lanes`]) this instruction and
-//!    those that follow, as long as it knows them and comes to others that would fault.
+//! 1. An instruction with an EVEX prefix, of mask registers or of tile registers faults. The handler of SIGILL ([`trap`])
+//!    finds the registers in the frame of the signal ([`frame`]), decodes ([`code`]), and executes ([`execute`], [`lanes`],
+//!    [`tiles`]) this instruction and those that follow, as long as it knows them and comes to others that would fault.
 //! 2. The processor keeps the low 256 bits of zmm0 to zmm15; each thread's [`cpu::Cpu`] keeps the rest.
 //! 3. What the processor runs in between can change the rest as well: an instruction with a VEX prefix clears bits 511:256 of
 //!    the register that it writes. So the code that comes next is walked ([`future`]). Halves that no way reads again are
