@@ -1,5 +1,4 @@
 //! How much a cache of this processor holds: blocks are sized by it, results never depend on it.
-#![allow(unsafe_code)]
 
 use std::sync::OnceLock;
 
@@ -16,22 +15,12 @@ pub fn second_level_bytes() -> usize {
 
 #[cfg(target_arch = "x86_64")]
 fn asked() -> Option<usize> {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    use super::cpuid::cpuid;
     /// The leaves that describe caches in the same words: of Intel, and of AMD.
     const LEAVES: [u32; 2] = [4, 0x8000_001d];
     /// More caches than any core has.
     const MOST: u32 = 8;
-    #[allow(unused_unsafe)] // needed by the oldest compiler that is supported
-    // SAFETY: every x86-64 processor has the instruction.
-    let ask = |leaf, number| unsafe { __cpuid_count(leaf, number) };
-    #[allow(unused_unsafe)]
-    // SAFETY: as above.
-    let last = |leaf: u32| unsafe { __cpuid(leaf & 0x8000_0000).eax };
-    let caches = LEAVES
-        .into_iter()
-        .filter(|&leaf| leaf <= last(leaf))
-        .flat_map(|leaf| (0..MOST).map(move |number| (leaf, number)))
-        .map(|(leaf, number)| ask(leaf, number));
+    let caches = LEAVES.into_iter().flat_map(|leaf| (0..MOST).filter_map(move |number| cpuid(leaf, number)));
     // Kind 0 is none, 2 holds instructions.
     let mut data = caches.filter(|cache| !matches!(cache.eax & 31, 0 | 2) && cache.eax >> 5 & 7 == 2);
     let field = |word: u32, start: u32, bits: u32| ((word >> start & ((1 << bits) - 1)) + 1) as usize;

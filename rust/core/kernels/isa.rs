@@ -52,11 +52,6 @@ impl Path {
         }
     }
 
-    /// Whether the path has 512-bit vectors.
-    pub const fn is_avx512(self) -> bool {
-        matches!(self, Self::Avx512 | Self::Avx512Bf16 | Self::Avx512Vnni | Self::Amx)
-    }
-
     #[cfg(target_arch = "x86_64")]
     fn supported(self) -> bool {
         #[cfg(feature = "emulated")]
@@ -103,26 +98,20 @@ impl Path {
 /// Whether the processor has tiles of bf16, and the system lets this process use them: it has to be asked, once.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn tiles_are_permitted() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
     use std::sync::OnceLock;
+
+    use super::cpuid::cpuid;
     /// Bits of leaf 7, register EDX: TDPBF16PS and tiles.
     const TILES: u32 = 1 << 22 | 1 << 24;
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_long = 18;
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| {
-        #[allow(
-            unsafe_code,
-            unused_unsafe,
-            reason = "the oldest compiler that is supported takes CPUID for unsafe"
-        )]
-        // SAFETY: every x86-64 processor has the instruction; the leaf is asked for only where there is one. The call changes no
-        // memory, and a kernel that does not know it says so.
-        unsafe {
-            __cpuid(0).eax >= 7
-                && __cpuid_count(7, 0).edx & TILES == TILES
-                && libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
-        }
+        let has_tiles = cpuid(7, 0).is_some_and(|features| features.edx & TILES == TILES);
+        // SAFETY: the call changes no memory; a kernel that does not know it says so.
+        #[allow(unsafe_code)]
+        let ask = || unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) };
+        has_tiles && ask() == 0
     })
 }
 
@@ -203,7 +192,7 @@ macro_rules! per_isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an `Isa` exists only for a path whose features the processor was asked for.
                 #[allow(unsafe_code)]
-                path if path.is_avx512() => unsafe { avx512($($arg),*) },
+                path if path >= Path::Avx512 => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 #[allow(unsafe_code)]

@@ -3,6 +3,8 @@
 pub mod caches;
 pub mod checksum;
 pub mod cosine;
+#[cfg(target_arch = "x86_64")]
+mod cpuid;
 pub mod gemm;
 pub mod gram;
 pub mod isa;

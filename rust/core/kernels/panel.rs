@@ -49,7 +49,7 @@ impl Kernel {
     pub fn of(isa: Isa) -> Self {
         match isa.path() {
             #[cfg(target_arch = "x86_64")]
-            path if path.is_avx512() => x86::AVX512,
+            path if path >= Path::Avx512 => x86::AVX512,
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => x86::AVX2,
             _ => PORTABLE,

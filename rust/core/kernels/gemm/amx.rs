@@ -79,10 +79,11 @@ impl Registers {
         Self(PhantomData)
     }
 
-    /// The sums of products of the first `rows` rows of [`ABREAST`] strips, whose rows take [`row_words`] of `words` each, and a
-    /// panel of as many steps, a multiple of [`LINE`]. Sums of rows beyond may be anything.
+    /// The sums of products of the first `rows` rows of [`ABREAST`] strips with a panel. The panel has whole lines of steps, a row
+    /// of the strips [`row_words`] of as many words. Sums of rows beyond may be anything.
     #[allow(clippy::unused_self, reason = "it is the proof that the registers are shaped")]
-    pub fn multiply(&self, strips: &[u32], rows: usize, panel: &[u32], words: usize, sums: &mut Sums) {
+    pub fn multiply(&self, strips: &[u32], rows: usize, panel: &[u32], sums: &mut Sums) {
+        let words = panel.len() / COLS;
         let row = row_words(words);
         assert!(words > 0 && words.is_multiple_of(LINE), "whole lines: {words} words");
         assert!(strips.len() == HEIGHT * row && panel.len() == words * COLS, "{ABREAST} strips and a panel");
@@ -230,7 +231,7 @@ mod tests {
             let registers = Registers::shape(isa);
             for rows in [1, 16, 17, 32, 33, HEIGHT] {
                 let mut sums = Sums([[f32::NAN; COLS]; HEIGHT]);
-                registers.multiply(&strips, rows, &panel, words, &mut sums);
+                registers.multiply(&strips, rows, &panel, &mut sums);
                 for (r, row) in sums.strips().iter().flatten().enumerate().take(rows) {
                     for (c, sum) in row.iter().enumerate() {
                         let product =

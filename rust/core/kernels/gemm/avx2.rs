@@ -177,8 +177,7 @@ mod tests {
     use super::super::exact::{check, interleave, sequence};
     use super::super::quantize::{self, Limits};
     use super::*;
-    use crate::kernels::isa::Isa;
-    use crate::kernels::isa::Path;
+    use crate::kernels::isa::{Isa, Path};
 
     #[test]
     fn sums_of_word_products_are_those_of_64_bit_arithmetic() {

@@ -1,6 +1,8 @@
 //! Dot products: the exact one that decides every result, and the f32 ones that screen where nothing faster fits.
 
 use super::tile::{COLS, ROWS};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::isa::Path;
 use crate::kernels::isa::{Isa, per_isa};
 use crate::kernels::prefetch::fetch;
 
@@ -135,7 +137,7 @@ pub fn dots_of(isa: Isa, group: Group<'_>, x: &[f32], products: &mut [f64]) {
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         // SAFETY: an `Isa` exists only for a path whose features the processor was asked for.
-        path if path.is_avx512() => unsafe { super::avx512::dots_of(group, x, products) },
+        path if path >= Path::Avx512 => unsafe { super::avx512::dots_of(group, x, products) },
         _ => dots_of_any(isa, group, x, products),
     }
 }

@@ -6,6 +6,8 @@
 
 use super::tile::COLS;
 use crate::kernels::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::isa::Path;
 
 /// Writes the hits to the front of both arrays, in order, and says how many they are; `first` is the feature of bit 0. What lies
 /// behind the hits, up to [`COLS`] of them, may be written too.
@@ -19,7 +21,7 @@ pub(super) fn take_down(
     features: &mut [u32; COLS],
 ) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if isa.path().is_avx512() {
+    if isa.path() >= Path::Avx512 {
         // SAFETY: paths of AVX-512 ask for their instructions.
         return unsafe { avx512::take_down(upper, hits, first, bounds, features) };
     }

@@ -244,16 +244,11 @@ impl Plan {
 
     /// Where the tiles of a sweep are made; tile registers are this thread's until it is dropped.
     pub(super) fn tiles(&self, floats: bool) -> Tiles {
-        #[cfg(target_arch = "x86_64")]
-        if self.tiled(floats) {
-            let registers = (amx::Registers::shape(self.isa), amx::Sums::default());
-            return Tiles { of_strips: vec![Tile::default(); ABREAST], registers: Some(registers) };
-        }
-        let _ = floats;
+        let tiled = self.tiled(floats);
         Tiles {
-            of_strips: vec![Tile::default()],
+            of_strips: vec![Tile::default(); if tiled { ABREAST } else { 1 }],
             #[cfg(target_arch = "x86_64")]
-            registers: None,
+            registers: tiled.then(|| (amx::Registers::shape(self.isa), amx::Sums::default())),
         }
     }
 
@@ -270,7 +265,7 @@ impl Plan {
         #[cfg(target_arch = "x86_64")]
         if let Some((registers, sums)) = &mut tiles.registers {
             let rows = strips.n_rows().saturating_sub(s * ROWS).min(ABREAST * ROWS);
-            registers.multiply(strips.words(s, ABREAST), rows, &panel.words, self.steps(), sums);
+            registers.multiply(strips.words(s, ABREAST), rows, &panel.words, sums);
             for (i, (tile, sums)) in tiles.of_strips.iter_mut().zip(sums.strips()).enumerate() {
                 // SAFETY: the path of tile registers stands above those of AVX-512, and asks for them; see `Path`.
                 #[allow(unsafe_code)]
