@@ -75,6 +75,29 @@ proptest! {
 }
 
 #[test]
+fn close_matches_of_large_dictionaries_are_those_of_the_definition_whatever_the_threads() {
+    let (n, d) = (2200, 70);
+    let (a, mut b) = (numbers(n, d, 11), numbers(n, d, 12));
+    for (i, (x, y)) in a.chunks(d).zip(b.chunks_mut(d)).enumerate().filter(|(i, _)| i % 4 > 0) {
+        x.iter().zip(y).for_each(|(x, y)| *y = x + *y * (i % 4) as f32 / 8.0);
+    }
+    b[..5 * d].copy_from_slice(&a[7 * d..12 * d]);
+    let expected = definition(&a, &b, d, 1);
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| matches(&a, &b, d, 1, 1 << 28))
+    };
+    let found = run(1);
+    assert_eq!(found.indices, expected.0);
+    assert!(found.cosines.iter().zip(&expected.1).all(|(p, q)| (p - q).abs() < 1e-15));
+    for threads in [2, 5] {
+        let again = run(threads);
+        assert!(again.cosines.iter().zip(&found.cosines).all(|(p, q)| p.to_bits() == q.to_bits()));
+        assert_eq!(again.indices, found.indices);
+    }
+}
+
+#[test]
 fn bits_depend_on_neither_threads_nor_budget() {
     let (n, d, k) = (500, 24, 3);
     let (a, b) = (numbers(n, d, 1), numbers(2100, d, 2));

@@ -4,21 +4,24 @@
 //! screen before it and `f64` behind it (see [`gemm`](crate::kernels::gemm)), so the result is that of ranking all pairs in
 //! `f64`, ties to the lower row.
 
+mod search;
+mod sketch;
+
 use std::ops::Range;
+
+use self::search::Search;
 
 use crate::error::{Error, Result};
 use crate::kernels::cosine::dots;
 use crate::kernels::gemm::tile::COLS;
-use crate::kernels::gemm::{Certificate, Dictionary, Plan, Space, Terms, Wanted};
+use crate::kernels::gemm::{Certificate, Dictionary, Plan, Terms};
 use crate::kernels::isa::Isa;
 use crate::kernels::topk::Scored;
 use crate::rows::Rows;
-use crate::scan::{Context, fill_pieces, grid, map_ordered, map_ordered_with, spread};
+use crate::scan::{Context, fill_pieces, grid, map_ordered};
 
 /// Rows per task where every row is one cosine.
 const BLOCK_ROWS: usize = 256;
-/// Most rows of `a` that are matched at once: strips of 12, and groups of four of them.
-const MATCH_ROWS: usize = 528;
 /// Least rows of `b` packed at once.
 const CHUNK_ROWS: usize = 1024;
 
@@ -88,12 +91,14 @@ pub fn match_rows(
     let lengths_b = lengths(plan.isa(), b, names[1], context)?;
     let (zero_a, zero_b) = (zeros(&lengths_a), zeros(&lengths_b));
     let used_b: Vec<usize> = (0..b.n()).filter(|&i| lengths_b[i] > 0.0).collect();
-    // A packed row is its f32 and, at most, as many words.
-    let chunk = (context.memory_budget / (8 * d)).max(CHUNK_ROWS).next_multiple_of(COLS);
+    // A packed row is its f32 and, at most, as many words; and its sketch the same of half of the width.
+    let chunk = (context.memory_budget / (12 * d)).max(CHUNK_ROWS).next_multiple_of(COLS);
     let mut best: Vec<Vec<Scored>> = vec![Vec::new(); a.n()];
     for rows in used_b.chunks(chunk) {
         let dictionary = pack(&plan, b, &lengths_b, rows, context)?;
-        let found = search(&dictionary, a, k, context)?;
+        let k_here = k.min(dictionary.n_features());
+        let search = Search { dictionary: &dictionary, rows: a, lengths: &lengths_a, k: k_here, context };
+        let found = search.run()?;
         for (best, found) in best.iter_mut().zip(found) {
             best.extend(found.into_iter().map(|s| Scored { feature: rows[s.feature as usize] as u32, ..s }));
             best.sort_by(Scored::order);
@@ -130,17 +135,6 @@ fn pack(
         Ok(plan.panel(*number, values, &terms))
     })?;
     Ok(Dictionary::new(plan.clone(), panels))
-}
-
-/// The best `k` of a dictionary for every row.
-fn search(dictionary: &Dictionary, a: Rows<'_>, k: usize, context: &Context<'_>) -> Result<Vec<Vec<Scored>>> {
-    let blocks: Vec<Range<usize>> = grid(a.n(), spread(a.n(), MATCH_ROWS)).collect();
-    let wanted = Wanted::Best { k: k.min(dictionary.n_features()), positive: false };
-    let found = map_ordered_with(&blocks, context, Space::default, |space, range| {
-        dictionary.select(a.slice(range.clone()).floats(&mut Vec::new()), wanted, space);
-        Ok((0..range.len()).map(|i| space.found(i).to_vec()).collect::<Vec<_>>())
-    })?;
-    Ok(found.into_iter().flatten().collect())
 }
 
 fn zeros(lengths: &[f64]) -> Vec<usize> {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::dot::{Group, dot, dots_of};
+use super::dot::{Group, dots_of};
 use super::pairs::Pairs;
 use super::quantize::up;
 use super::select::{Dictionary, Effort, Wanted, Watch, finish};
@@ -212,8 +212,7 @@ impl Pass<'_> {
         let taken = &mut self.bench.taken;
         self.bench.candidates[row].take_reaching(dictionary.plan.isa(), bar, taken);
         for &feature in &*taken {
-            let product = dot(dictionary.plan.isa(), x, dictionary.feature(feature as usize));
-            found.extend(dictionary.admit(feature as usize, product, wanted));
+            found.extend(dictionary.score(feature as usize, x, wanted));
         }
         self.effort.scored += taken.len() as u64;
     }

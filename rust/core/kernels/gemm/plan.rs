@@ -67,6 +67,17 @@ pub enum Certificate {
     Dithered,
 }
 
+/// The fastest screen for width `d` of those in bytes for widths from `narrowest` (where they are narrow) to `widest`, and of others.
+fn fastest(isa: Isa, d: usize, narrowest: usize, widest: usize) -> Screen {
+    let fits = |screen: Screen| match screen {
+        Screen::Bytes => d <= widest,
+        Screen::NarrowBytes => (narrowest..=widest).contains(&d),
+        Screen::Words => d <= quantize::WIDEST_WORDS,
+        Screen::BrainFloats | Screen::Floats => true,
+    };
+    Screen::available(isa).find(|&screen| fits(screen)).unwrap_or(Screen::Floats)
+}
+
 /// Width up to which byte sums fit into 32 bits: `65536 · 255 · 128 < 2^31`.
 const WIDEST_BYTES: usize = 65_536;
 /// Width up to which the deterministic byte screen leaves fewer candidates than it saves over bf16 or words.
@@ -118,14 +129,13 @@ impl Plan {
     /// The plan on a given path.
     pub fn with_isa(isa: Isa, d: usize, certificate: Certificate, centre: Option<Vec<f32>>) -> Self {
         let widest = if certificate == Certificate::Dithered { WIDEST_BYTES } else { WIDEST_CERTAIN_BYTES };
-        let fits = |screen: Screen| match screen {
-            Screen::Bytes => d <= widest,
-            Screen::NarrowBytes => (NARROWEST_NARROW..=widest).contains(&d),
-            Screen::Words => d <= quantize::WIDEST_WORDS,
-            Screen::BrainFloats | Screen::Floats => true,
-        };
-        let screen = Screen::available(isa).find(|&screen| fits(screen)).unwrap_or(Screen::Floats);
+        let screen = fastest(isa, d, NARROWEST_NARROW, widest);
         Self::with_screen(isa, screen, d, certificate, centre)
+    }
+
+    /// The screen with most products a second, for thresholds far above most scores: there a coarse one leaves no more candidates.
+    pub fn coarse(isa: Isa, d: usize) -> Self {
+        Self::with_screen(isa, fastest(isa, d, 1, WIDEST_BYTES), d, Certificate::Deterministic, None)
     }
 
     /// The plans for width `d` of every path of this processor, each with every screen that it has.

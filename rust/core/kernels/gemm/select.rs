@@ -167,7 +167,7 @@ impl Dictionary {
     fn score_all(&self, x: &[f32], wanted: Wanted, found: &mut Vec<Scored>) {
         found.clear();
         for j in 0..self.n_features {
-            found.extend(self.admit(j, dot(self.plan.isa(), x, self.feature(j)), wanted));
+            found.extend(self.score(j, x, wanted));
             if let Wanted::Best { k, .. } = wanted
                 && found.len() >= 2 * k + COLS
             {
@@ -175,6 +175,11 @@ impl Dictionary {
             }
         }
         finish(found, wanted);
+    }
+
+    /// The score of feature `j` for the row `x`, where it is wanted at all.
+    pub fn score(&self, j: usize, x: &[f32], wanted: Wanted) -> Option<Scored> {
+        self.admit(j, dot(self.plan.isa(), x, self.feature(j)), wanted)
     }
 
     /// The score of feature `j` given its inner product, where it is wanted at all.
