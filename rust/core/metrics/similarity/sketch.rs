@@ -164,7 +164,9 @@ mod tests {
         let mut a: Vec<f32> = (0..n * d).map(|_| number()).collect();
         for (i, row) in a.chunks_mut(d).enumerate() {
             row[i % d] *= [1.0, 30.0, 1e3][i % 3];
-            row.iter_mut().for_each(|x| *x *= [1e-30, 1.0, 1e20][i / 3 % 3]);
+            for x in row {
+                *x *= [1e-30, 1.0, 1e20][i / 3 % 3];
+            }
         }
         let size = |i: usize| a[i / d * d..(i / d + 1) * d].iter().fold(0.0_f32, |m, x| m.max(x.abs()));
         let b = (0..n * d).map(|i| a[i] + noise * size(i) * number()).collect();
