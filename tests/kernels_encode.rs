@@ -77,9 +77,9 @@ fn check(x: &[f32], features: &[f32], d: usize, k: usize) {
     }
 }
 
-/// As [`check`], for features ranked by score times weight.
-fn check_weighted(x: &[f32], features: &[f32], d: usize, k: usize) {
-    let weight = |j: usize| f64::from(1 + j as u32 * 7 % 13) / 4.0;
+/// As [`check`], for features ranked by score times weight, in multiples of `unit`.
+fn check_weighted(x: &[f32], features: &[f32], d: usize, k: usize, unit: f64) {
+    let weight = |j: usize| f64::from(1 + j as u32 * 7 % 13) / 4.0 * unit;
     let expected = |row: &[f32]| {
         let rank = |(j, w): (usize, &[f32])| {
             let score: f64 = row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
@@ -170,11 +170,38 @@ fn identical_features_defeat_every_screen_and_ties_still_go_to_the_lower_index()
 #[test]
 fn features_are_ranked_by_their_weights_behind_every_screen() {
     let d = 300;
-    check_weighted(&noise(25 * d, 17), &noise(2000 * d, 18), d, 9);
+    check_weighted(&noise(25 * d, 17), &noise(2000 * d, 18), d, 9, 1.0);
     // Equal features but for their weights: the first screen fails, and the f32 screen has to know the weights too.
     let d = 32;
     let same: Vec<f32> = noise(d, 19).into_iter().cycle().take(3000 * d).collect();
-    check_weighted(&noise(13 * d, 20), &same, d, 7);
+    check_weighted(&noise(13 * d, 20), &same, d, 7, 1.0);
+}
+
+/// `n` vectors of noise of a given size.
+fn sized(n: usize, d: usize, seed: u64, size: f32) -> Vec<f32> {
+    noise(n * d, seed).into_iter().map(|v| v * size).collect()
+}
+
+#[test]
+fn features_whose_scales_f32_cannot_hold_are_ranked_all_the_same() {
+    for (d, features, weight, rows) in
+        [(64, 1e-20, 1e-20, 1e25), (64, 1.0, 1e-43, 1e20), (512, 1.0, 1e-39, 1e20)]
+    {
+        check_weighted(&sized(13, d, 30, rows), &sized(1500, d, 31, features), d, 8, weight);
+    }
+}
+
+#[test]
+fn features_that_their_rotation_takes_for_zero_are_ranked_all_the_same() {
+    let (d, f, least) = (1024, 1500, f32::from_bits(4));
+    let places: Vec<usize> = noise(f * 16, 32).into_iter().map(|v| ((v + 1.0) * 2.0) as usize % 4).collect();
+    let mut w = vec![0.0; f * d];
+    places.iter().enumerate().for_each(|(i, place)| w[i / 16 * d + i % 16 + 16 * place] = least);
+    let mut x = vec![0.0; 13 * d];
+    for (row, v) in x.chunks_mut(d).zip(noise(13 * 64, 33).chunks(64)) {
+        row.iter_mut().zip(v).for_each(|(x, v)| *x = v.abs() * 1e28);
+    }
+    check(&x, &w, d, 8);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::dot::dot;
 use super::narrow;
-use super::plan::{EPILOGUE, EPILOGUE_BIAS, Plan, Screen};
+use super::plan::{EPILOGUE, EPILOGUE_BIAS, Plan, SCALE_UNDERFLOW, Screen};
 use super::quantize::{Rounding, up};
 use super::tile::{COLS, Columns};
 use crate::memory::Aligned;
@@ -113,7 +113,8 @@ impl Plan {
             for (columns, bias, rounding) in sides {
                 columns.scale[c] = (f64::from(rounding.step) * weight) as f32;
                 columns.norm[c] = up(norm * weight);
-                columns.residual[c] = up(rounding.share * weight);
+                let lost = if rounding.share > 0.0 { SCALE_UNDERFLOW } else { 0.0 };
+                columns.residual[c] = up(rounding.share * weight + lost);
                 let slack = (bias.abs() + terms.threshold[c].abs()) * weight * EPILOGUE_BIAS;
                 columns.bias[c] = up((bias - terms.threshold[c]) * weight + slack);
             }

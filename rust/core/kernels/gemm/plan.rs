@@ -92,6 +92,10 @@ pub(super) const LARGEST_NORM: f64 = 1e37;
 pub(super) const EPILOGUE: f64 = 1.0 / (1_u32 << 19) as f64;
 /// The same per unit of bias.
 pub(super) const EPILOGUE_BIAS: f64 = 1.0 / (1_u32 << 21) as f64;
+/// What a feature's scale below the range of f32 may lose, half of the least number, times the largest norm of its words, `2^15.5`.
+pub(super) const SCALE_UNDERFLOW: f64 = 46_341.0 * LEAST;
+/// The least f32 above zero.
+const LEAST: f64 = 1.401_298_464_324_817e-45;
 /// Rows and features whose product of norms leaves this range are scored in f64: f32 would over- or underflow.
 pub(super) const SAFE_PRODUCTS: std::ops::Range<f64> = 1e-16..1e36;
 
@@ -221,6 +225,10 @@ impl Plan {
                 let bytes: &mut [u8] = bytemuck::cast_slice_mut(words);
                 let limits = if self.screen == Screen::Bytes { Limits::FULL } else { Limits::NARROW };
                 let mut rounding = quantize::bytes(self.isa, v, limits, dither, &mut bytes[..self.d]);
+                if rounding.step == 0.0 {
+                    // A vector too small for a grid may be too small for the rotation as well, which then leaves nothing to measure.
+                    (rounding.residual, rounding.share) = (norm, norm);
+                }
                 let rotated = norm * (self.rotation.rounding() + EPILOGUE);
                 rounding.residual += rotated;
                 rounding.share += rotated;

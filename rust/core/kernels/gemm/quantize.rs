@@ -139,7 +139,9 @@ fn bytes_body<const FUSED: bool>(v: &[f32], limits: Limits, dither: Option<u32>,
     let certain = Rounding::certain(step, step, squares, v);
     match dither {
         Some(_) if step > 0.0 => {
-            Rounding { share: certain.residual.min(f64::from(step) * hoeffding()), ..certain }
+            let likely = f64::from(step) * hoeffding();
+            // What overflowed is not a number, and must not pass for the smaller one.
+            Rounding { share: if likely < certain.residual { likely } else { certain.residual }, ..certain }
         }
         _ => certain,
     }
@@ -301,6 +303,16 @@ mod tests {
             let r = bytes(Isa::PLAIN, &v, Limits::FULL, Some(seed), &mut q);
             let error = v[0] - f32::from(q[0].cast_signed()) * r.step;
             assert!(error.abs() <= r.step * 1.001, "{v:?} became {} steps of {}", q[0].cast_signed(), r.step);
+        }
+    }
+
+    #[test]
+    fn a_vector_whose_rotation_overflowed_has_no_bound() {
+        let mut v = vec![1e30; 64];
+        v[16] = f32::NAN;
+        for (isa, dither) in Isa::available().flat_map(|isa| [(isa, None), (isa, Some(7))]) {
+            let r = bytes(isa, &v, Limits::FULL, dither, &mut [0; 64]);
+            assert!(!r.share.is_finite() && !r.residual.is_finite(), "{isa:?} {dither:?}: {r:?}");
         }
     }
 
