@@ -128,6 +128,39 @@ def test_batch_top_k_keeps_the_largest_of_the_whole_call():
     np.testing.assert_allclose(codes.to_dense(), expected, rtol=1e-6)
 
 
+def test_batch_top_k_of_many_rows_that_a_few_outweigh():
+    x, W, b, _ = data(4000, 32, 500)
+    x[:] = np.round(x)
+    x[::20] *= 50
+    codes = mt.TopKEncoder(np.round(W), k=3, activation="batch_topk")(x)
+    pre = pre_activations(x, np.round(W)).ravel()
+    chosen = np.argsort(-pre, kind="stable")[: 3 * 4000]
+    expected = np.zeros_like(pre)
+    expected[chosen] = pre[chosen]
+    assert len(codes.values) == 3 * 4000
+    np.testing.assert_array_equal(codes.to_dense().ravel(), expected)
+
+
+def test_batch_top_k_holds_no_more_because_a_few_rows_outweigh_the_others():
+    script = (
+        "import sys, resource, numpy as np, microtome as mt\n"
+        "r = np.random.default_rng(0); x = r.standard_normal((16000, 32), np.float32)\n"
+        "W = r.standard_normal((32, 8192), np.float32)\n"
+        "x[r.permutation(16000)[: int(sys.argv[1])]] *= 100\n"
+        "encoder = mt.TopKEncoder(W, k=4, activation='batch_topk'); encoder(x[:64])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; codes = encoder(x)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(codes.values))"
+    )
+    grown = {}
+    for outweighing in ("0", "1600"):
+        run = subprocess.run(
+            [sys.executable, "-c", script, outweighing], capture_output=True, text=True, check=True
+        )
+        grown[outweighing], entries = map(int, run.stdout.split())
+        assert entries == 4 * 16000
+    assert grown["1600"] < grown["0"] + (48 << 10), grown
+
+
 def test_batch_top_k_gives_ties_to_the_first_rows():
     codes = mt.TopKEncoder(np.eye(4, dtype=np.float32), k=2, activation="batch_topk")(
         np.ones((5, 4), np.float32)

@@ -240,11 +240,12 @@ pub fn batch_threshold(mut ranks: Vec<f64>, budget: usize) -> f64 {
     *ranks.select_nth_unstable_by(budget - 1, |a, b| b.total_cmp(a)).1
 }
 
-/// Keeps the `budget` entries of highest rank of all blocks; equal ranks by lower row, then by lower feature.
-pub fn trim(blocks: &mut [RaggedBlock], budget: usize) {
+/// Keeps the `budget` entries of highest rank of all blocks, equal ranks by lower row, then by lower feature; returns the least rank
+/// that an entry of a later row needs to be kept beside them.
+pub fn trim(blocks: &mut [RaggedBlock], budget: usize) -> f64 {
     let total: usize = blocks.iter().map(|b| b.entries.len()).sum();
     if total <= budget {
-        return;
+        return 0.0;
     }
     let ranks: Vec<f64> = blocks.iter().flat_map(|b| &b.entries).map(|e| e.rank).collect();
     let last = batch_threshold(ranks, budget);
@@ -265,8 +266,10 @@ pub fn trim(blocks: &mut [RaggedBlock], budget: usize) {
             kept.extend(row.iter().filter(|e| e.rank > last || tied.binary_search(&e.feature).is_ok()));
             *count = (kept.len() - before) as u32;
         }
+        kept.shrink_to_fit();
         block.entries = kept;
     }
+    last
 }
 
 fn check_vector(name: &str, vector: Option<&[f32]>, len: usize) -> Result<()> {

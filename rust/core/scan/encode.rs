@@ -1,10 +1,12 @@
 //! Packs a dictionary and encodes a source, in parallel. A row's codes depend on that row alone (or, for Batch Top-K, on
 //! all rows), so neither blocks nor threads show in the result.
 
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, PoisonError};
 
-use super::{Context, Source, fill_blocks, map_blocks, map_ordered, spread};
+use super::{
+    Buffer, Context, Source, fill_blocks, grid, locked, map_blocks, map_ordered, reduce_ordered, spread,
+};
 use crate::error::{Error, Result};
 use crate::kernels::gemm::select::Effort;
 use crate::kernels::gemm::{Certificate, Wanted};
@@ -14,8 +16,10 @@ use crate::metrics::encode::{
 };
 use crate::rows::Rows;
 
-/// Rows per block with a fixed number of slots: enough to read the packed weights rarely.
+/// Most rows per block with a fixed number of slots: enough to read the packed weights rarely.
 const SLOT_ROWS: usize = 1024;
+/// Slots of a block, whose candidates take some 200 bytes each.
+const BLOCK_SLOTS: usize = SLOT_ROWS * 128;
 /// Rows per block where a row may have any number of entries: strips of 12, and groups of four of them.
 const RAGGED_ROWS: usize = 144;
 /// Ranks per row and member of the batch that the first pass of Batch Top-K looks at, and how much deeper it looks where those are too
@@ -72,9 +76,9 @@ pub fn encode(encoder: &Encoder, source: &dyn Source, context: &Context<'_>) -> 
     let codes = match encoder.activation() {
         Activation::TopK(k) => run.slots(k)?,
         Activation::BatchTopK(k) => run.batch(k)?,
-        Activation::JumpRelu | Activation::Relu => ragged(run.list(Wanted::Above)?),
+        Activation::JumpRelu | Activation::Relu => ragged(run.list()?),
     };
-    let effort = *run.effort.lock().unwrap_or_else(PoisonError::into_inner);
+    let effort = *locked(&run.effort);
     Ok((codes, effort))
 }
 
@@ -91,7 +95,7 @@ impl Run<'_> {
     fn slots(&self, k: usize) -> Result<Codes> {
         let n = self.source.n_rows();
         let (mut indices, mut values) = (zeros(n * k), zeros(n * k));
-        let block = spread(n, SLOT_ROWS);
+        let block = spread(n, slot_rows(k));
         fill_blocks(
             self.source,
             block,
@@ -105,10 +109,15 @@ impl Run<'_> {
         Ok(Codes::Slots { indices, values })
     }
 
-    fn list<T: From<RaggedBlock> + Send>(&self, wanted: Wanted) -> Result<Vec<T>> {
-        map_blocks(self.source, spread(self.source.n_rows(), RAGGED_ROWS), self.context, |rows, first| {
-            self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work)).map(T::from)
+    fn list(&self) -> Result<Vec<Listed>> {
+        map_blocks(self.source, self.ragged_rows(), self.context, |rows, first| {
+            self.with_workspace(rows, |work| self.encoder.list(rows, first, Wanted::Above, work))
+                .map(Listed::from)
         })
+    }
+
+    fn ragged_rows(&self) -> usize {
+        spread(self.source.n_rows(), RAGGED_ROWS)
     }
 
     /// Two passes: the first finds a rank that at least `k · n` features reach, the second all that reach it.
@@ -126,32 +135,70 @@ impl Run<'_> {
             }
             depth = (depth * BATCH_DEPTH).min(d_sae);
         };
-        let least = batch_threshold(ranks, k * n);
-        let mut blocks = self.list(Wanted::AtLeast(least))?;
-        trim(&mut blocks, k * n);
+        let blocks = self.best_of_batch(batch_threshold(ranks, k * n), k * n)?;
         Ok(ragged(blocks.into_iter().map(Listed::from).collect()))
+    }
+
+    /// The `budget` best of the entries of all rows, all of which have a rank of at least `least`.
+    ///
+    /// Where a few rows hold most of them, `least` lets far more than `budget` through: what is held is trimmed as it grows. What that
+    /// drops is no member, since `budget` entries of rows before it rank as high, and none that ranks lower can be one later.
+    fn best_of_batch(&self, least: f64, budget: usize) -> Result<Vec<RaggedBlock>> {
+        let grid: Vec<_> = grid(self.source.n_rows(), self.ragged_rows()).collect();
+        let (mut blocks, mut held) = (Vec::new(), 0);
+        let least = Mutex::new(least);
+        reduce_ordered(
+            &grid,
+            self.context,
+            |range| {
+                let wanted = Wanted::AtLeast(*locked(&least));
+                let mut buffer = Buffer::default();
+                let rows = self.source.read(range.clone(), &mut buffer)?;
+                self.with_workspace(rows, |work| self.encoder.list(rows, range.start, wanted, work))
+            },
+            |_, block| {
+                held += block.entries.len();
+                blocks.push(block);
+                if held > budget + budget / 2 {
+                    *locked(&least) = trim(&mut blocks, budget);
+                    held = budget;
+                }
+                Ok(())
+            },
+        )?;
+        trim(&mut blocks, budget);
+        Ok(blocks)
     }
 
     /// The ranks of the `depth` best positive features of every row.
     fn best_ranks(&self, depth: usize) -> Result<Vec<f64>> {
-        let ranks =
-            map_blocks(self.source, spread(self.source.n_rows(), SLOT_ROWS), self.context, |rows, first| {
+        let ranks = map_blocks(
+            self.source,
+            spread(self.source.n_rows(), slot_rows(depth)),
+            self.context,
+            |rows, first| {
                 let wanted = Wanted::Best { k: depth, positive: true };
                 let block = self.with_workspace(rows, |work| self.encoder.list(rows, first, wanted, work))?;
                 Ok(block.entries.iter().map(|e| e.rank).collect::<Vec<_>>())
-            })?;
+            },
+        )?;
         Ok(ranks.concat())
     }
 
     fn with_workspace<T>(&self, rows: Rows<'_>, work: impl FnOnce(&mut Workspace) -> Result<T>) -> Result<T> {
-        let mut space = self.stash.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let mut space = locked(&self.stash).pop().unwrap_or_default();
         let outcome = work(&mut space);
         let spent = std::mem::take(&mut space.space.effort);
-        self.effort.lock().unwrap_or_else(PoisonError::into_inner).add(spent);
-        self.stash.lock().unwrap_or_else(PoisonError::into_inner).push(space);
+        locked(&self.effort).add(spent);
+        locked(&self.stash).push(space);
         self.context.done.fetch_add(rows.n() as u64, Ordering::Relaxed);
         outcome
     }
+}
+
+/// Rows per block with `k` slots each.
+fn slot_rows(k: usize) -> usize {
+    (BLOCK_SLOTS / k).clamp(RAGGED_ROWS, SLOT_ROWS)
 }
 
 /// What is kept of a block until all are there: 8 bytes an entry, a third of a [`RaggedBlock`].
