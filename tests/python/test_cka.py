@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -158,13 +162,14 @@ def test_massive_activations_keep_their_digits():
     assert mt.linear_cka(x, y) == pytest.approx(definition(x, y), abs=1e-5)
 
 
+def rbf(x, fraction=0.7):
+    distances = np.linalg.norm(x[:, None].astype(np.float64) - x.astype(np.float64), axis=-1)
+    sigma = fraction * np.median(distances[np.triu_indices(len(x), 1)])
+    return np.exp(-(distances**2) / (2 * sigma**2))
+
+
 @pytest.mark.parametrize("n", [40, 45])
 def test_rbf_cka_is_its_definition(n):
-    def rbf(x, fraction=0.7):
-        distances = np.linalg.norm(x[:, None].astype(np.float64) - x.astype(np.float64), axis=-1)
-        sigma = fraction * np.median(distances[np.triu_indices(n, 1)])
-        return np.exp(-(distances**2) / (2 * sigma**2))
-
     x, y = layers(n, 6, 9)
     for debiased in (True, False):
         expected = definition(x, y, debiased, rbf)
@@ -176,6 +181,40 @@ def test_rbf_cka_is_its_definition(n):
         rbf_cka(x, y, memory_budget=1000)
     with pytest.warns(UndefinedWarning, match="for y"):
         assert np.isnan(rbf_cka(x, np.ones_like(y)))
+
+
+@pytest.mark.parametrize(("share", "offset"), [(0.1, 1e2), (0.1, 1e4), (0.3, 1e3), (0.5, 1e5)])
+def test_rbf_cka_keeps_the_distances_of_rows_that_lie_together_far_from_the_others(share, offset):
+    x, y = layers(300, 64, 32)
+    x[: int(share * 300)] += np.float32(offset)
+    x[5], y[7] = x[4], y[8]
+    for debiased in (True, False):
+        assert rbf_cka(x, y, 0.7, debiased) == pytest.approx(definition(x, y, debiased, rbf), abs=2e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_minibatch_cka_shares_its_budget_between_threads():
+    script = (
+        "import numpy as np\n"
+        "from microtome.metrics import minibatch_cka\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "xs = list(np.random.default_rng(0).standard_normal((4, 8192, 1024), np.float32))\n"
+        "kinds = dict(batch=256, memory_budget=10 << 20)\n"
+        "minibatch_cka([x[:64] for x in xs], **kinds)\n"
+        "before = peak()\n"
+        "values = minibatch_cka(xs, **kinds)\n"
+        "print(peak() - before, values.tobytes().hex())"
+    )
+    values = set()
+    for threads in ("1", "6"):
+        environment = {**os.environ, "MICROTOME_NUM_THREADS": threads}
+        run = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+        )
+        grown, hexadecimal = run.stdout.split()
+        values.add(hexadecimal)
+        assert int(grown) < 20 << 10, (threads, grown)
+    assert len(values) == 1
 
 
 def test_minibatch_cka_averages_hsic_over_batches():

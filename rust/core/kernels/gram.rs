@@ -193,8 +193,15 @@ pub struct Margins {
 }
 
 impl Margins {
-    fn of_width(d: usize) -> Self {
+    /// Those of no rows.
+    pub fn of_width(d: usize) -> Self {
         Self { sums: vec![0.0; d], norms: Vec::new() }
+    }
+
+    /// Adds those of the rows behind.
+    pub fn append(&mut self, later: &Self) {
+        self.sums.iter_mut().zip(&later.sums).for_each(|(total, s)| *total += s);
+        self.norms.extend_from_slice(&later.norms);
     }
 }
 

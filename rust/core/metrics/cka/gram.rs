@@ -58,6 +58,11 @@ pub fn fits(problem: &Problem<'_>, context: &Context<'_>) -> bool {
     Layout::new(problem).band(problem, context) > 0
 }
 
+/// Bytes that `rows` rows take once all are packed.
+pub fn packed_bytes(problem: &Problem<'_>, rows: usize) -> usize {
+    rows.div_ceil(TILE).saturating_mul(Layout::new(problem).tile_len() * size_of::<f32>())
+}
+
 /// A packed band of row tiles.
 pub(super) struct Band {
     tiles: Range<usize>,
@@ -97,10 +102,12 @@ pub fn sums(problem: &Problem<'_>, context: &Context<'_>) -> Result<Sums> {
     let bands: Vec<Range<usize>> = grid(problem.n.div_ceil(TILE), band_tiles).collect();
     // One line a row tile, which meets its columns in ascending order whatever the bands: the bits do not depend on them.
     let mut inner = vec![0.0; problem.n.div_ceil(TILE) * problem.pairs.len()];
-    let mut margins: Vec<Vec<Margins>> = Vec::new();
+    let mut margins: Vec<Margins> = problem.widths().map(Margins::of_width).collect();
     for (i, tiles) in bands.iter().enumerate() {
         let mut own = pack(problem, &layout, tiles.clone(), context)?;
-        margins.append(&mut own.margins);
+        for tile in own.margins.drain(..) {
+            margins.iter_mut().zip(&tile).for_each(|(all, tile)| all.append(tile));
+        }
         multiply(problem, &layout, (&own, &own), &mut inner, context)?;
         for tiles in &bands[i + 1..] {
             let other = pack(problem, &layout, tiles.clone(), context)?;
@@ -219,31 +226,20 @@ fn tile_products(
 }
 
 /// The sums that need no Gram matrix, from norms and projections of the rows.
-fn finish(
-    problem: &Problem<'_>,
-    inner: &[f64],
-    margins: &[Vec<Margins>],
-    context: &Context<'_>,
-) -> Result<Sums> {
+fn finish(problem: &Problem<'_>, inner: &[f64], margins: &[Margins], context: &Context<'_>) -> Result<Sums> {
     let debiased = problem.estimator == Estimator::Debiased;
     let count = problem.layers.len();
     let layers: Vec<usize> = (0..count).collect();
-    let norms: Vec<Vec<f64>> =
-        layers.iter().map(|&l| margins.iter().flat_map(|tile| &tile[l].norms).copied().collect()).collect();
     let row_sums = map_ordered(&layers, context, |&l| {
-        let mut sums = vec![0.0; problem.layers[l].source.d()];
-        for tile in margins {
-            sums.iter_mut().zip(&tile[l].sums).for_each(|(total, s)| *total += s);
-        }
-        let mut row_sums = project(problem, l, &sums)?;
+        let mut row_sums = project(problem, l, &margins[l].sums)?;
         if debiased {
-            row_sums.iter_mut().zip(&norms[l]).for_each(|(g, a)| *g -= a);
+            row_sums.iter_mut().zip(&margins[l].norms).for_each(|(g, a)| *g -= a);
         }
         Ok(row_sums)
     })?;
     let mut out = Sums::new(count);
     for (&(l, m), inner) in problem.pairs.iter().zip(inner) {
-        let diagonal = if debiased { 0.0 } else { dot(problem.isa, &norms[l], &norms[m]) };
+        let diagonal = if debiased { 0.0 } else { dot(problem.isa, &margins[l].norms, &margins[m].norms) };
         out.inner[l * count + m] = inner + diagonal;
         out.rows[l * count + m] = dot(problem.isa, &row_sums[l], &row_sums[m]);
         if !inner.is_finite() {

@@ -9,7 +9,7 @@ use super::{CkaMatrix, Estimator, Layer, Problem, gram, pairs, ratios};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::rows::Rows;
-use crate::scan::{Buffer, Context, Source, grid, reduce_ordered};
+use crate::scan::{Buffer, Context, Source, grid, in_flight, map_ordered};
 
 /// The rows of a batch.
 struct Window<'a> {
@@ -57,12 +57,17 @@ pub fn minibatch_cka(
     let batches: Vec<Range<usize>> =
         grid(whole.n, batch).filter(|range| range.len() >= estimator.min_rows()).collect();
     let mut totals = vec![0.0; whole.pairs.len()];
-    let work = |range: &Range<usize>| batch_hsic(&whole, range, context);
-    reduce_ordered(&batches, context, work, |range, hsic| {
-        totals.iter_mut().zip(hsic).for_each(|(total, h)| *total += h);
-        context.done.store(range.end as u64, Ordering::Relaxed);
-        Ok(())
-    })?;
+    // As many batches at once as the budget has room for, each with its share of it; no bit depends on either.
+    let bytes = gram::packed_bytes(&whole, batch.min(whole.n)).min(context.memory_budget);
+    let at_once = in_flight("a batch of CKA", bytes, "", context)?;
+    let share = Context { memory_budget: context.memory_budget / at_once, ..*context };
+    for wave in batches.chunks(at_once) {
+        let hsics = map_ordered(wave, context, |range| batch_hsic(&whole, range, &share))?;
+        for (range, hsic) in wave.iter().zip(hsics) {
+            totals.iter_mut().zip(hsic).for_each(|(total, h)| *total += h);
+            context.done.store(range.end as u64, Ordering::Relaxed);
+        }
+    }
     let total =
         |pair: (usize, usize)| whole.pairs.iter().position(|p| *p == pair).map_or(f64::NAN, |i| totals[i]);
     let ordered = |(l, m): (usize, usize)| total((l.min(m), l.max(m)));
