@@ -10,6 +10,8 @@ use std::ops::{Deref, DerefMut};
 
 use bytemuck::Zeroable;
 
+use crate::error::{Error, Result};
+
 /// Bytes of a large page.
 #[cfg(target_os = "linux")]
 const LARGE_PAGE: usize = 2 << 20;
@@ -21,6 +23,17 @@ pub fn zeros<T: Zeroable>(len: usize) -> Vec<T> {
     let zeros = bytemuck::zeroed_vec(len);
     ask_for_large_pages(&zeros);
     zeros
+}
+
+/// An empty vector with room for `len` elements, as `argument` asks by its value, which may be beyond all memory.
+///
+/// # Errors
+/// [`Error::Shape`] naming the argument.
+pub fn room<T>(argument: &str, value: usize, len: usize) -> Result<Vec<T>> {
+    let mut empty = Vec::new();
+    let refused = |_| Error::shape(argument, "a number that memory has room for", value.to_string());
+    empty.try_reserve_exact(len).map_err(refused)?;
+    Ok(empty)
 }
 
 /// Asks the kernel to back `array`, which nobody has written to yet, with large pages. Only a hint: contents stay.

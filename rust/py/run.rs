@@ -6,6 +6,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use microtome_core::kernels::subnormals;
 use microtome_core::scan::Context;
 use microtome_core::{Error, Result};
 use pyo3::prelude::*;
@@ -45,6 +46,7 @@ fn pool(_py: Python<'_>, threads: Option<usize>) -> PyResult<Arc<ThreadPool>> {
     let pool = ThreadPoolBuilder::new()
         .num_threads(threads)
         .thread_name(|i| format!("microtome-{i}"))
+        .start_handler(|_| subnormals::keep())
         .build()
         .map_err(|e| to_py(&Error::Internal(format!("thread pool: {e}"))))?;
     let pool = Arc::new(pool);

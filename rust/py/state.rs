@@ -6,6 +6,7 @@ use microtome_core::scan::Context;
 use microtome_core::{Error, Result};
 use pyo3::prelude::*;
 
+use crate::error::to_py;
 use crate::run::{Task, run};
 
 /// A state behind a lock, taken out once by `finish`.
@@ -17,20 +18,18 @@ impl<T: Send> State<T> {
         Self(Mutex::new(Some(state)))
     }
 
-    /// Runs `work` on the state. A failed update leaves it half done, so it is dropped.
+    /// Runs `work` on the state. A failed update leaves it half done, so it is dropped; meanwhile it counts as spent: no thread of the
+    /// pool ever waits for it.
     pub fn update(
         &self,
         py: Python<'_>,
         task: Task<'_>,
         work: impl FnOnce(&mut T, &Context<'_>) -> Result<()> + Send,
     ) -> PyResult<()> {
-        run(py, task, |context| {
-            let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut state = slot.take().ok_or_else(spent)?;
-            work(&mut state, context)?;
-            *slot = Some(state);
-            Ok(())
-        })
+        let mut state = self.take()?;
+        let state = run(py, task, move |context| work(&mut state, context).map(|()| state))?;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+        Ok(())
     }
 
     /// Takes the state out, and makes of it what is asked for.
@@ -40,13 +39,15 @@ impl<T: Send> State<T> {
         name: &'static str,
         work: impl FnOnce(T, &Context<'_>) -> Result<R> + Send,
     ) -> PyResult<R> {
-        run(py, Task::named(name), |context| {
-            let state = self.0.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or_else(spent)?;
-            work(state, context)
-        })
+        let state = self.take()?;
+        run(py, Task::named(name), |context| work(state, context))
+    }
+
+    fn take(&self) -> PyResult<T> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or_else(|| to_py(&spent()))
     }
 }
 
 fn spent() -> Error {
-    Error::shape("state", "a state that is neither finished nor failed", "a spent one")
+    Error::shape("state", "a state that is not finished, failed or in use", "a spent one")
 }

@@ -60,6 +60,41 @@ def test_forked_child_gets_an_answer():
     assert float(os.read(read, 100)) == here
 
 
+def test_a_caller_that_takes_small_numbers_for_zero_does_not_show_in_results():
+    script = (
+        "import numpy as np, torch, microtome as mt\n"
+        "x, W = np.full((1, 1), 1e-40, np.float32), np.ones((1, 1), np.float32)\n"
+        "assert torch.set_flush_denormal(True)\n"
+        "print(mt.topk_encode(x, W, k=1).values.view(np.uint32)[0, 0])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(found) == np.float32(1e-40).view(np.uint32)
+
+
+def test_a_state_that_two_threads_update_at_once_is_refused_and_never_waited_for():
+    script = (
+        "import os, threading, numpy as np, microtome as mt\n"
+        "from microtome import _core, errors\n"
+        "from microtome.metrics.features import core_codes\n"
+        "mt.set_num_threads(2)\n"
+        "r = np.random.default_rng(0)\n"
+        "indices = np.stack([r.permutation(500)[:8] for _ in range(2000)]).repeat(50, 0).astype(np.uint32)\n"
+        "codes = core_codes(mt.SparseCodes(indices, r.random(indices.shape, np.float32), 500))\n"
+        "state = _core.FiringState(500, 1, 10**5)\n"
+        "def update():\n"
+        "    for _ in range(40):\n"
+        "        try: state.update(codes)\n"
+        "        except errors.ShapeError as error: assert 'in use' in str(error)\n"
+        "threads = [threading.Thread(target=update, daemon=True) for _ in range(2)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join(60)\n"
+        "print(any(thread.is_alive() for thread in threads), flush=True)\n"
+        "os._exit(0)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False", run.stderr
+
+
 def test_number_of_threads_is_set_and_said():
     before = mt.num_threads()
     try:

@@ -132,6 +132,16 @@ def test_results_are_the_same_for_any_number_of_threads():
     assert len(results) == 1
 
 
+def test_sizes_beyond_memory_are_refused_by_name():
+    with pytest.raises(
+        ShapeError, match="n: expected a number that memory has room for, found 1125899906842624"
+    ):
+        Bitset.from_indices([0], 2**50)
+    with pytest.raises(ShapeError, match="size_a: expected at most 1099511627776 nodes, or all but as many"):
+        mt.expected_iou(2**63 - 1, 2**62, 2**62)
+    assert mt.expected_iou(2**62, 100, 2**62 - 100) == pytest.approx(100 / 2**62, abs=1e-18)
+
+
 def test_bad_input_is_refused_by_name():
     with pytest.raises(ShapeError, match="size_a: expected at most n = 5, found 6"):
         mt.expected_iou(5, 6, 1)

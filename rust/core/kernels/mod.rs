@@ -14,4 +14,5 @@ pub mod prefetch;
 pub mod residual;
 pub mod sets;
 pub mod sieve;
+pub mod subnormals;
 pub mod topk;

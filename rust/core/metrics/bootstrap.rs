@@ -116,8 +116,9 @@ struct Draws {
 impl Draws {
     fn new(n_clusters: usize, plan: Resampling, stream: u64, context: &Context<'_>) -> Result<Self> {
         let columns = plan.replicates.div_ceil(COLUMN);
-        in_flight("draws of the bootstrap", columns * n_clusters * COLUMN, "Use fewer replicates", context)?;
-        let mut counts = vec![0_u8; columns * n_clusters * COLUMN];
+        let len = columns.saturating_mul(n_clusters).saturating_mul(COLUMN);
+        in_flight("draws of the bootstrap", len, "Use fewer replicates", context)?;
+        let mut counts = vec![0_u8; len];
         fill_pieces(&mut counts, n_clusters * COLUMN, context, |column, piece| {
             for lane in 0..COLUMN {
                 let mut random = SplitMix::new(plan.seed, stream, (column * COLUMN + lane) as u64);

@@ -17,6 +17,9 @@ const NEGLIGIBLE: f64 = 1e-300;
 /// The same within a convolution, where every stratum's tail multiplies the work.
 const NEGLIGIBLE_IN_STRATA: f64 = 1e-22;
 
+/// Nodes in a circuit, or left out of it, at most: as many as give ten million terms.
+const MOST_NODES: u64 = 1 << 40;
+
 /// Nodes and circuit sizes of one stratum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stratum {
@@ -49,12 +52,16 @@ struct Distribution {
 /// Mean, variance and p-value of the `IoU` of circuits drawn at random within each stratum.
 ///
 /// # Errors
-/// [`Error::Shape`] when there is no stratum, or a circuit is larger than its stratum.
+/// [`Error::Shape`] when there is no stratum, or a circuit is larger than its stratum or beyond all reason.
 pub fn chance(strata: &[Stratum], intersection: Option<u64>) -> Result<Chance> {
     for stratum in strata {
         for (name, size) in [("size_a", stratum.a), ("size_b", stratum.b)] {
             if size > stratum.n {
                 return Err(Error::shape(name, format!("at most n = {}", stratum.n), size.to_string()));
+            }
+            if size.min(stratum.n - size) > MOST_NODES {
+                let expected = format!("at most {MOST_NODES} nodes, or all but as many");
+                return Err(Error::shape(name, expected, size.to_string()));
             }
         }
     }
