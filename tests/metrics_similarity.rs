@@ -98,6 +98,24 @@ fn close_matches_of_large_dictionaries_are_those_of_the_definition_whatever_the_
 }
 
 #[test]
+fn matches_of_rows_of_any_length_are_the_same() {
+    let (n, d) = (90, 40);
+    let (a, b) = (numbers(n, d, 5), numbers(n, d, 6));
+    let bits = |b: &[f32]| {
+        let found = matches(&a, b, d, 3, 1 << 28);
+        (found.indices, found.cosines.iter().map(|c| c.to_bits()).collect::<Vec<_>>())
+    };
+    // Numbers of 24 bits, which 2^-125 takes below the range of normal f32 and not out of f32.
+    let scales = [2.0_f32.powi(-125), 1.0, 2.0_f32.powi(120), 2.0_f32.powi(-40)];
+    let scaled: Vec<f32> = b
+        .chunks(d)
+        .zip(scales.iter().cycle())
+        .flat_map(|(row, scale)| row.iter().map(move |v| v * scale))
+        .collect();
+    assert_eq!(bits(&scaled), bits(&b));
+}
+
+#[test]
 fn bits_depend_on_neither_threads_nor_budget() {
     let (n, d, k) = (500, 24, 3);
     let (a, b) = (numbers(n, d, 1), numbers(2100, d, 2));

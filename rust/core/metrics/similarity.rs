@@ -116,7 +116,8 @@ pub fn match_rows(
     Ok(out)
 }
 
-/// The listed rows as a dictionary that ranks by `x'w / |w|`.
+/// The listed rows as a dictionary that ranks by `x'w / |w|`. Short rows are lengthened by powers of two, which changes no bit of
+/// a rank: a screen allows for what f32 loses below its range, and the factor `1 / |w|` would make that more than any score.
 fn pack(
     plan: &Plan,
     b: Rows<'_>,
@@ -130,7 +131,11 @@ fn pack(
         let mut terms = Terms::default();
         for ((value, weight), &row) in values.chunks_mut(b.d()).zip(&mut terms.weight).zip(*rows) {
             b.widen(row..row + 1, value);
-            *weight = 1.0 / lengths[row];
+            let factor = (-lengths[row].log2().floor()).max(0.0).exp2();
+            for v in &mut *value {
+                *v = (f64::from(*v) * factor) as f32;
+            }
+            *weight = 1.0 / (lengths[row] * factor);
         }
         Ok(plan.panel(*number, values, &terms))
     })?;

@@ -12,12 +12,12 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::marker::PhantomData;
 
-use super::strips::{ABREAST, LINE, row_words};
+use super::strips::{LINE, TILED_STRIPS, row_words};
 use super::tile::{COLS, ROWS};
 use crate::kernels::isa::{Isa, Path};
 
 /// Rows of the strips that are multiplied at once.
-const HEIGHT: usize = ABREAST * ROWS;
+const HEIGHT: usize = TILED_STRIPS * ROWS;
 /// Lines of a tile register.
 const LINES: usize = 16;
 
@@ -79,14 +79,17 @@ impl Registers {
         Self(PhantomData)
     }
 
-    /// The sums of products of the first `rows` rows of [`ABREAST`] strips with a panel. The panel has whole lines of steps, a row
+    /// The sums of products of the first `rows` rows of [`TILED_STRIPS`] strips with a panel. The panel has whole lines of steps, a row
     /// of the strips [`row_words`] of as many words. Sums of rows beyond may be anything.
     #[allow(clippy::unused_self, reason = "it is the proof that the registers are shaped")]
     pub fn multiply(&self, strips: &[u32], rows: usize, panel: &[u32], sums: &mut Sums) {
         let words = panel.len() / COLS;
         let row = row_words(words);
         assert!(words > 0 && words.is_multiple_of(LINE), "whole lines: {words} words");
-        assert!(strips.len() == HEIGHT * row && panel.len() == words * COLS, "{ABREAST} strips and a panel");
+        assert!(
+            strips.len() == HEIGHT * row && panel.len() == words * COLS,
+            "{TILED_STRIPS} strips and a panel"
+        );
         assert!(rows <= HEIGHT, "at most {HEIGHT} rows");
         // SAFETY: `self` proves that the registers are shaped. Rows of the strips, steps of the panel and rows of sums are there for
         // as many tiles as are multiplied.

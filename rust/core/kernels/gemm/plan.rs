@@ -14,7 +14,7 @@
 use super::features::Panel;
 use super::quantize::{self, Limits, Rounding};
 use super::rotate::Rotation;
-use super::strips::{ABREAST, LINE, Strips};
+use super::strips::{LINE, Strips, TILED_STRIPS};
 use super::tile::{COLS, Lines, ROWS, Tile};
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2, avx512};
@@ -264,7 +264,7 @@ impl Plan {
     pub(super) fn tiles(&self, floats: bool) -> Tiles {
         let tiled = self.tiled(floats);
         Tiles {
-            of_strips: vec![Tile::default(); if tiled { ABREAST } else { 1 }],
+            of_strips: vec![Tile::default(); if tiled { TILED_STRIPS } else { 1 }],
             #[cfg(target_arch = "x86_64")]
             registers: tiled.then(|| (amx::Registers::shape(self.isa), amx::Sums::default())),
         }
@@ -282,8 +282,8 @@ impl Plan {
     ) {
         #[cfg(target_arch = "x86_64")]
         if let Some((registers, sums)) = &mut tiles.registers {
-            let rows = strips.n_rows().saturating_sub(s * ROWS).min(ABREAST * ROWS);
-            registers.multiply(strips.words(s, ABREAST), rows, &panel.words, sums);
+            let rows = strips.n_rows().saturating_sub(s * ROWS).min(TILED_STRIPS * ROWS);
+            registers.multiply(strips.words(s, TILED_STRIPS), rows, &panel.words, sums);
             for (i, (tile, sums)) in tiles.of_strips.iter_mut().zip(sums.strips()).enumerate() {
                 // SAFETY: the path of tile registers stands above those of AVX-512, and asks for them; see `Path`.
                 #[allow(unsafe_code)]

@@ -7,7 +7,7 @@ use super::tile::{Lines, ROWS};
 use crate::memory::Aligned;
 
 /// Strips that tile registers take at once: four of 12 rows are three tiles of 16.
-pub(super) const ABREAST: usize = 4;
+pub(super) const TILED_STRIPS: usize = 4;
 /// Words of 32 bits in a line of a tile register.
 pub(super) const LINE: usize = 16;
 
@@ -58,7 +58,7 @@ impl Plan {
         let (n, steps) = (x.len() / self.d, if floats { 0 } else { self.steps() });
         let tiled = self.tiled(floats);
         let (n_strips, row) = if tiled {
-            (n.div_ceil(ROWS).next_multiple_of(ABREAST), row_words(steps))
+            (n.div_ceil(ROWS).next_multiple_of(TILED_STRIPS), row_words(steps))
         } else {
             (n.div_ceil(ROWS), steps)
         };
