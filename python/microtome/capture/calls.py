@@ -15,7 +15,7 @@ import torch
 
 from microtome.errors import Error
 
-__all__ = ["Generation", "Stop", "replaced", "stopping"]
+__all__ = ["Generation", "Stop", "cached_columns", "refuse_compiled", "replaced", "stopping"]
 
 
 class Stop(BaseException):
@@ -68,6 +68,26 @@ class Generation:
             prompt = self._prompt_mask.bool().cpu().numpy()[:, :columns]
             mask[:, : prompt.shape[1]] = prompt
         return mask
+
+
+def cached_columns(given: Mapping[str, Any]) -> int:
+    """Columns in the cache that a forward is given; transformers calls it ``cache`` from 5.24 on."""
+    cache: Any = next(
+        (given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None
+    )
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return int(cache[0][0].shape[-2]) if cache else 0
+
+
+def refuse_compiled(model: Any) -> None:
+    """Raise where code that was compiled without hooks may run."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else []
+    if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in modules):
+        raise Error(
+            "model: expected a model that is not compiled, found torch.compile, whose code may pass hooks "
+            "by. Capture the original, or give allow_compiled=True to compile anew with the hooks in place"
+        )
 
 
 @contextmanager

@@ -26,15 +26,23 @@ from typing import Any
 
 import torch
 
-from microtome.capture.calls import Generation, Stop, replaced, stopping
+from microtome.capture.calls import (
+    Generation,
+    Stop,
+    cached_columns,
+    refuse_compiled,
+    replaced,
+    stopping,
+)
 from microtome.capture.facts import run_facts
+from microtome.capture.guard import Guard
 from microtome.capture.models import ModelAdapter, adapt
 from microtome.capture.plan import Plan, plan
 from microtome.capture.points import HookPoint
 from microtome.capture.run import Run
 from microtome.capture.samples import CommittedIds, SampleTable
 from microtome.capture.writer import Block, Cut, WriterThread
-from microtome.errors import Error, ForkedError, ShapeError
+from microtome.errors import Error, ShapeError
 from microtome.progress import bar
 
 __all__ = ["Recorder", "capture"]
@@ -61,7 +69,7 @@ class Recorder:
         self._plan, self._facts = wanted, facts
         self._stop_early, self._limit, self._nonfinite = stop_early, queue_mib << 20, nonfinite
         self._compiled, self._progress = allow_compiled, progress
-        self._pid = os.getpid()
+        self._guard = Guard()
         self._run: Run | None = None
         self._generation: Generation | None = None
         self._named = self._forwards = self._written = 0
@@ -88,8 +96,9 @@ class Recorder:
 
         Raises:
             ShapeError: a duplicate id; a column of another length, or other columns than before.
+            DtypeError: a value that does not fit its column's type. The recorder takes nothing more after it.
         """
-        self._same_process()
+        self._guard.usable()
         self._flush()
         table = self._opened()
         records = table.reserve(ids, columns)
@@ -97,7 +106,7 @@ class Recorder:
         self._named += len(records)
 
     def __enter__(self) -> Recorder:
-        self._same_process()
+        self._guard.same_process()
         with ExitStack() as stack:
             self._open_store(_stored_widths(self.path))
             self._table = self._table or SampleTable(self.path, 0)
@@ -110,14 +119,17 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pid != os.getpid():
+        if self._guard.is_forked:
             return  # a forked child leaves the block; the capture is its parent's
         with self._stack:  # unwinds whatever happens: hooks go, then the store is closed
-            if kind is None:
-                self._flush()
-                self._finish()
-            elif self._writer is not None:
-                self._writer.close(keep=False)
+            try:
+                if kind is None:
+                    self._guard.usable()
+                    self._flush()
+                    self._finish()
+            finally:
+                if self._writer is not None:
+                    self._writer.close(keep=False)
 
     # --- the store ------------------------------------------------------------------------------------------
 
@@ -149,6 +161,10 @@ class Recorder:
         if run.is_open or not run.begun:  # its forward failed, or never came
             table.release(run.records)
             return
+        with self._guard.building():
+            self._hand_over(run, table)
+
+    def _hand_over(self, run: Run, table: SampleTable) -> None:
         if self._writer is None:
             self._open_store(run.widths())
         if self._writer is None:
@@ -178,12 +194,6 @@ class Recorder:
             raise Error("capture: expected an open recorder, found one outside of its with block")
         return self._table
 
-    def _same_process(self) -> None:
-        if self._pid != os.getpid():
-            raise ForkedError(
-                "capture: expected the process that made the recorder, found a forked child of it"
-            )
-
     # --- hooks ----------------------------------------------------------------------------------------------
 
     def _install(self, stack: ExitStack) -> None:
@@ -204,12 +214,17 @@ class Recorder:
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before a forward of the whole model: tell which rows it will have."""
-        self._same_process()
+        self._guard.usable()
         if self._writer is not None:
             self._writer.check()
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
-        ids, past, run, generation = given.get("input_ids"), _cached(given), self._run, self._generation
+        ids, past, run, generation = (
+            given.get("input_ids"),
+            cached_columns(given),
+            self._run,
+            self._generation,
+        )
         if run is None or (run.begun and (run.is_open or not (past or generation))):
             raise Error(
                 "capture: expected recorder.samples(ids=[...]) before each forward, found a forward without "
@@ -251,7 +266,7 @@ class Recorder:
 
         @functools.wraps(generate)
         def generating(*args: Any, **kwargs: Any) -> Any:
-            self._same_process()
+            self._guard.same_process()
             if self._stop_early:
                 raise Error(
                     "generate: expected stop_early=False, which leaves the logits, found stop_early=True"
@@ -274,16 +289,6 @@ def _as_is(function: Any) -> Any:
     return function
 
 
-def _cached(given: Mapping[str, Any]) -> int:
-    """Columns in the cache that a forward is given; transformers calls it ``cache`` from 5.24 on."""
-    cache: Any = next(
-        (given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None
-    )
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    return int(cache[0][0].shape[-2]) if cache else 0
-
-
 def _stored_widths(path: Path) -> dict[str, int]:
     """Widths of the hooks of the store at ``path``, none where there is no store."""
     if not (path / "manifest.json").exists():
@@ -292,16 +297,6 @@ def _stored_widths(path: Path) -> dict[str, int]:
 
     store = ActivationStore(path)
     return {name: store[name].shape[1] for name in store.hooks}
-
-
-def _refuse_compiled(model: Any) -> None:
-    modules = model.modules() if isinstance(model, torch.nn.Module) else []
-    if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in modules):
-        raise Error(
-            "model: expected a model that is not compiled, found torch.compile, whose code may pass hooks "
-            "by. "
-            "Capture the original, or give allow_compiled=True to compile anew with the hooks in place"
-        )
 
 
 def capture(
@@ -369,7 +364,7 @@ def capture(
         ['a', 'b']
     """
     if not allow_compiled:
-        _refuse_compiled(model)
+        refuse_compiled(model)
     if nonfinite not in ("error", "keep"):
         raise ShapeError(f"nonfinite: expected 'error' or 'keep', found {nonfinite!r}")
     if not isinstance(queue_mib, int) or queue_mib < 1:

@@ -1,0 +1,60 @@
+"""The sample table of a capture: ids and columns are kept as they were given, or refused (P11)."""
+
+import threading
+
+import pytest
+import torch
+
+import microtome as mt
+import tiny_models
+from microtome.errors import DtypeError, Error
+from test_capture import Stored
+
+HOOKS = ["blocks.0.hook_resid_post"]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_models.build("llama")
+
+
+def sampled(llama, path, batches, **options):
+    """Capture one token of each sample of ``batches``, pairs of ids and columns."""
+    with mt.capture(llama.model, path, HOOKS, **{"step_rows": 1} | options) as recorder, torch.no_grad():
+        for ids, columns in batches:
+            recorder.samples(ids=ids, **columns)
+            llama.model(input_ids=torch.ones(len(ids), 1, dtype=torch.long))
+    return Stored(path)
+
+
+# --- a step that cannot be built ----------------------------------------------------------------------------
+
+
+def test_after_a_step_that_failed_a_recorder_takes_nothing_more(llama, tmp_path):
+    refused = []
+    with pytest.raises(Error, match="found one that failed"):
+        with mt.capture(llama.model, tmp_path / "s", HOOKS, step_rows=2) as recorder, torch.no_grad():
+            for i, value in enumerate([1, 2, 3, "three", 5, 6, 7]):
+                try:
+                    recorder.samples(ids=[i], value=[value])
+                    llama.model(input_ids=torch.ones(1, 1, dtype=torch.long))
+                except Error as error:
+                    refused.append(error)
+            with pytest.raises(Error, match="found one that failed"):
+                llama.model(input_ids=torch.ones(1, 1, dtype=torch.long))
+    assert isinstance(refused[0], DtypeError)
+    expected = f"capture: expected a recorder without errors, found one that failed: {refused[0]}. Open"
+    assert len(refused) == 3
+    assert all(str(error).startswith(expected) for error in refused[1:])
+    assert set(recorder.done) == {0, 1}
+    assert mt.ActivationStore(tmp_path / "s").verify() == []
+    store = sampled(llama, tmp_path / "s", [([i], {"value": [i]}) for i in range(7)], step_rows=2)
+    assert store.samples["id"].to_list() == list(range(7))
+    assert store.rows()["sample"].to_list() == list(range(7))
+
+
+def test_a_last_step_that_failed_leaves_no_thread_and_no_lock(llama, tmp_path):
+    with pytest.raises(DtypeError, match="samples: value: expected"):
+        sampled(llama, tmp_path / "s", [([0], {"value": [1]}), ([1], {"value": ["one"]})], step_rows=9)
+    assert not [t for t in threading.enumerate() if t.name == "microtome-writer"]
+    assert sampled(llama, tmp_path / "s", [([0], {"value": [1]})]).samples["id"].to_list() == [0]
