@@ -549,6 +549,8 @@ def test_the_type_of_a_column_is_that_of_its_first_step(llama, tmp_path):
             for i, x in enumerate([1, 2, "three"]):
                 recorder.samples(ids=[i], x=[x])
                 llama.model(**llama.batch([4]))
+            while len(recorder.done) < 2:
+                time.sleep(0.01)
     assert Stored(tmp_path / "s").samples["x"].to_list() == [1, 2]
 
 

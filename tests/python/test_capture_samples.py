@@ -7,7 +7,7 @@ import torch
 
 import microtome as mt
 import tiny_models
-from microtome.errors import DtypeError, Error
+from microtome.errors import DtypeError, Error, StoreError
 from test_capture import Stored
 
 HOOKS = ["blocks.0.hook_resid_post"]
@@ -58,3 +58,47 @@ def test_a_last_step_that_failed_leaves_no_thread_and_no_lock(llama, tmp_path):
         sampled(llama, tmp_path / "s", [([0], {"value": [1]}), ([1], {"value": ["one"]})], step_rows=9)
     assert not [t for t in threading.enumerate() if t.name == "microtome-writer"]
     assert sampled(llama, tmp_path / "s", [([0], {"value": [1]})]).samples["id"].to_list() == [0]
+
+
+# --- a recorder used again ----------------------------------------------------------------------------------
+
+
+def one_token(llama, recorder, ids):
+    recorder.samples(ids=ids)
+    llama.model(input_ids=torch.ones(len(ids), 1, dtype=torch.long))
+
+
+def test_a_recorder_opened_again_goes_on_after_what_is_committed(llama, tmp_path):
+    recorder = mt.capture(llama.model, tmp_path / "s", HOOKS, step_rows=2)
+    with pytest.raises(KeyboardInterrupt), recorder, torch.no_grad():
+        one_token(llama, recorder, ["a", "b"])
+        one_token(llama, recorder, ["c"])
+        recorder.samples(ids=["d"])
+        raise KeyboardInterrupt
+    for ids in (["c", "d"], ["c", "e"]):
+        with recorder, torch.no_grad():
+            assert set(recorder.done) == ({"a", "b"} if ids[1] == "d" else {"a", "b", "c", "d"})
+            one_token(llama, recorder, ids)
+    store = Stored(tmp_path / "s")
+    assert store.samples["id"].to_list() == ["a", "b", "c", "d", "e"]
+    assert store.rows()["sample"].to_list() == [0, 1, 2, 3, 4]
+
+
+def test_an_open_recorder_cannot_be_opened_again(llama, tmp_path):
+    with mt.capture(llama.model, tmp_path / "s", HOOKS) as recorder, torch.no_grad():
+        with pytest.raises(Error, match="found an open one"), recorder:
+            pass
+        one_token(llama, recorder, ["a"])
+    assert Stored(tmp_path / "s").samples["id"].to_list() == ["a"]
+
+
+def test_a_capture_that_waits_for_widths_does_not_number_samples_that_another_numbered(llama, tmp_path):
+    other, hook = tiny_models.build("llama"), ["model.layers.1.mlp.act_fn"]
+    with pytest.raises(StoreError, match=r"expected a store without steps.*found 1 by another capture"):
+        with mt.capture(llama.model, tmp_path / "s", hook) as late, torch.no_grad():
+            with mt.capture(other.model, tmp_path / "s", hook) as first:
+                one_token(other, first, ["a", "b"])
+            one_token(llama, late, ["c", "d"])
+    store = Stored(tmp_path / "s")
+    assert store.samples["id"].to_list() == ["a", "b"]
+    assert store.rows()["sample"].to_list() == [0, 1]

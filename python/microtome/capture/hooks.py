@@ -37,12 +37,12 @@ from microtome.capture.calls import (
 from microtome.capture.facts import run_facts
 from microtome.capture.guard import Guard
 from microtome.capture.models import ModelAdapter, adapt
-from microtome.capture.plan import Plan, plan
+from microtome.capture.plan import Plan, plan, stored_widths
 from microtome.capture.points import HookPoint
 from microtome.capture.run import Run
 from microtome.capture.samples import CommittedIds, SampleTable
 from microtome.capture.writer import Block, Cut, WriterThread
-from microtome.errors import Error, ShapeError
+from microtome.errors import Error, ShapeError, StoreError
 from microtome.progress import bar
 
 __all__ = ["Recorder", "capture"]
@@ -69,14 +69,19 @@ class Recorder:
         self._plan, self._facts = wanted, facts
         self._stop_early, self._limit, self._nonfinite = stop_early, queue_mib << 20, nonfinite
         self._compiled, self._progress = allow_compiled, progress
+        self._stack = ExitStack()
+        self._reset()
+
+    def _reset(self) -> None:
+        """Nothing named, seen or written yet."""
         self._guard = Guard()
         self._run: Run | None = None
         self._generation: Generation | None = None
         self._named = self._forwards = self._written = 0
-        self._stack = ExitStack()
         self._store: Any = None
         self._writer: WriterThread | None = None
         self._table: SampleTable | None = None
+        self._is_open = False
 
     @property
     def hooks(self) -> list[str]:
@@ -107,13 +112,17 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self._guard.same_process()
+        if self._is_open:
+            raise Error("capture: expected a closed recorder to open, found an open one")
+        self._reset()
         with ExitStack() as stack:
-            self._open_store(_stored_widths(self.path))
+            stack.callback(self._release)
+            self._open_store(stored_widths(self.path))
             self._table = self._table or SampleTable(self.path, 0)
-            stack.callback(lambda: self._store is not None and self._store.close())
             self._install(stack)
             self._show = stack.enter_context(bar("capturing", None, self._progress, "samples"))
             self._stack = stack.pop_all()
+        self._is_open = True
         return self
 
     def __exit__(
@@ -122,14 +131,18 @@ class Recorder:
         if self._guard.is_forked:
             return  # a forked child leaves the block; the capture is its parent's
         with self._stack:  # unwinds whatever happens: hooks go, then the store is closed
-            try:
-                if kind is None:
-                    self._guard.usable()
-                    self._flush()
-                    self._finish()
-            finally:
-                if self._writer is not None:
-                    self._writer.close(keep=False)
+            if kind is None:
+                self._guard.usable()
+                self._flush()
+                self._finish()
+
+    def _release(self) -> None:
+        """Let go of the store; what waits for the writer is dropped, unless it has been waited for."""
+        self._is_open = False
+        if self._writer is not None:
+            self._writer.close(keep=False)
+        if self._store is not None:
+            self._store.close()
 
     # --- the store ------------------------------------------------------------------------------------------
 
@@ -149,6 +162,11 @@ class Recorder:
             facts=self._facts,
             nonfinite=self._nonfinite,
         )
+        if self._table is not None and self._store.steps:
+            raise StoreError(
+                f"capture: {self.path}: expected a store without steps, as it was when the capture began, found "
+                f"{self._store.steps} by another capture. Open mt.capture on this path again: it goes on after them"
+            )
         self._table = self._table or SampleTable(self.path, self._store.steps)
         self._writer = WriterThread(self._store, self._limit, self._table.done.add)
 
@@ -198,15 +216,15 @@ class Recorder:
 
     def _install(self, stack: ExitStack) -> None:
         model = self.adapter.model
-        guard: Any = torch.compiler.disable if self._compiled else _as_is
+        outside: Any = torch.compiler.disable if self._compiled else lambda hook: hook
         if self._compiled:
             torch.compiler.reset()  # compiled code does not look for hooks that came after it
             stack.callback(torch.compiler.reset)
         self._signature = inspect.signature(model.forward)
-        stack.enter_context(model.register_forward_pre_hook(guard(self._before), with_kwargs=True))
+        stack.enter_context(model.register_forward_pre_hook(outside(self._before), with_kwargs=True))
         for point in self._plan.points:
-            stack.enter_context(point.observe(guard(functools.partial(self._see, point))))
-        stack.enter_context(model.register_forward_hook(guard(self._after)))
+            stack.enter_context(point.observe(outside(functools.partial(self._see, point))))
+        stack.enter_context(model.register_forward_hook(outside(self._after)))
         if self._stop_early:
             stack.enter_context(replaced(model, "forward", stopping(model.forward, self)))
         if hasattr(model, "generate"):
@@ -283,20 +301,6 @@ class Recorder:
                 self._generation = None
 
         return generating
-
-
-def _as_is(function: Any) -> Any:
-    return function
-
-
-def _stored_widths(path: Path) -> dict[str, int]:
-    """Widths of the hooks of the store at ``path``, none where there is no store."""
-    if not (path / "manifest.json").exists():
-        return {}
-    from microtome.store import ActivationStore
-
-    store = ActivationStore(path)
-    return {name: store[name].shape[1] for name in store.hooks}
 
 
 def capture(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from microtome.capture.models import ModelAdapter
 from microtome.capture.points import HookPoint
 from microtome.errors import DtypeError, Error, ShapeError
 
-__all__ = ["KINDS", "Plan", "plan"]
+__all__ = ["KINDS", "Plan", "plan", "stored_widths"]
 
 KINDS = {"text": 0, "image": 1, "video": 2}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -126,3 +127,13 @@ def _pattern(adapter: ModelAdapter, point: HookPoint, keys: int | None) -> HookP
             f"A row of the pattern is as wide as its sample is long"
         )
     return dataclasses.replace(point, width=adapter.n_heads * keys)
+
+
+def stored_widths(path: Path) -> dict[str, int]:
+    """Widths of the hooks of the store at ``path``, none where there is no store."""
+    if not (path / "manifest.json").exists():
+        return {}
+    from microtome.store import ActivationStore
+
+    store = ActivationStore(path)
+    return {name: store[name].shape[1] for name in store.hooks}
