@@ -7,7 +7,8 @@ import torch
 
 import microtome as mt
 import tiny_models
-from microtome.errors import DtypeError, Error, StoreError
+from microtome.capture.samples import SampleTable
+from microtome.errors import CorruptShardError, DtypeError, Error, StoreError
 from test_capture import Stored
 
 HOOKS = ["blocks.0.hook_resid_post"]
@@ -102,3 +103,21 @@ def test_a_capture_that_waits_for_widths_does_not_number_samples_that_another_nu
     store = Stored(tmp_path / "s")
     assert store.samples["id"].to_list() == ["a", "b"]
     assert store.rows()["sample"].to_list() == [0, 1]
+
+
+# --- what a resumed run reads back --------------------------------------------------------------------------
+
+
+def test_a_damaged_sample_table_is_refused_before_it_is_parsed(llama, tmp_path):
+    batches = [(["alpha", "beta"], {"note": ["hello", "world"]})]
+    file = sampled(llama, tmp_path / "s", batches).steps[0] / "samples.parquet"
+    file.chmod(0o644)
+    sound = file.read_bytes()
+    for i in range(0, len(sound), 37):
+        file.write_bytes(sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1 :])
+        with pytest.raises(CorruptShardError, match="samples.parquet"):
+            SampleTable(tmp_path / "s", 1)
+    with pytest.raises(CorruptShardError, match="samples.parquet"):
+        sampled(llama, tmp_path / "s", batches)
+    file.write_bytes(sound)
+    assert sampled(llama, tmp_path / "s", batches).samples["id"].to_list() == ["alpha", "beta"]

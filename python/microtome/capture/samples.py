@@ -44,9 +44,12 @@ class SampleTable:
     """Samples of a store by ordinal; the open step's rows until they are committed."""
 
     def __init__(self, path: Path, steps: int) -> None:
-        """Read back what ``steps`` committed steps hold."""
-        files = [path / f"{step:06d}" / "samples.parquet" for step in range(steps)]
-        frames = [pl.read_parquet(file, glob=False) for file in files]
+        """Read back what ``steps`` committed steps hold.
+
+        Raises:
+            CorruptShardError: a table whose bytes are not those that were committed.
+        """
+        frames = _committed(path, steps)
         self.resumed = {id_ for frame in frames for id_ in frame["id"].to_list()}
         """Ids committed before this run: their samples are not captured again."""
         self.done = CommittedIds(self.resumed)
@@ -145,3 +148,13 @@ class SampleTable:
                 f"samples: {name}: expected {known or 'values of one type'}, found others "
                 f"({str(error).splitlines()[0]}). A column keeps the type of its first step"
             ) from error
+
+
+def _committed(path: Path, steps: int) -> list[pl.DataFrame]:
+    """The sample table of each committed step; its checksum is compared before anything parses it."""
+    if not steps:
+        return []
+    from microtome._core import StoreReader
+
+    reader = StoreReader(str(path))
+    return [pl.read_parquet(io.BytesIO(reader.samples(step))) for step in range(steps)]
