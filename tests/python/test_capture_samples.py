@@ -1,7 +1,11 @@
 """The sample table of a capture: ids and columns are kept as they were given, or refused (P11)."""
 
+import enum
 import threading
+from datetime import date, datetime
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,17 +18,25 @@ from test_capture import Stored
 HOOKS = ["blocks.0.hook_resid_post"]
 
 
+class Colour(enum.Enum):
+    RED = 1
+
+
 @pytest.fixture(scope="module")
 def llama():
     return tiny_models.build("llama")
 
 
-def sampled(llama, path, batches, **options):
+def fed(llama, path, batches, **options):
     """Capture one token of each sample of ``batches``, pairs of ids and columns."""
     with mt.capture(llama.model, path, HOOKS, **{"step_rows": 1} | options) as recorder, torch.no_grad():
         for ids, columns in batches:
             recorder.samples(ids=ids, **columns)
             llama.model(input_ids=torch.ones(len(ids), 1, dtype=torch.long))
+
+
+def sampled(llama, path, batches, **options):
+    fed(llama, path, batches, **options)
     return Stored(path)
 
 
@@ -115,9 +127,80 @@ def test_a_damaged_sample_table_is_refused_before_it_is_parsed(llama, tmp_path):
     sound = file.read_bytes()
     for i in range(0, len(sound), 37):
         file.write_bytes(sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1 :])
-        with pytest.raises(CorruptShardError, match="samples.parquet"):
+        with pytest.raises(CorruptShardError, match=r"samples\.parquet"):
             SampleTable(tmp_path / "s", 1)
-    with pytest.raises(CorruptShardError, match="samples.parquet"):
+    with pytest.raises(CorruptShardError, match=r"samples\.parquet"):
         sampled(llama, tmp_path / "s", batches)
     file.write_bytes(sound)
     assert sampled(llama, tmp_path / "s", batches).samples["id"].to_list() == ["alpha", "beta"]
+
+
+# --- columns ------------------------------------------------------------------------------------------------
+
+
+def stepwise(llama, path, *values):
+    """One column, its values one sample and one step each; gives what is read back."""
+    fed(llama, path, [([i], {"x": [value]}) for i, value in enumerate(values)])
+    return mt.ActivationStore(path).samples.collect()["x"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("values", "stored"),
+    [
+        ([1, None, 2.5], [1.0, None, 2.5]),
+        ([None, "a", None], None),
+        ([[], ["a"], [], None], None),
+        ([[[]], [["a"]], [[]]], None),
+        ([{"x": None, "y": 1}, {"x": "a", "y": None}, {"y": 2, "x": "b"}], None),
+        ([{"x": 1}, {}, None], [{"x": 1}, {"x": None}, None]),
+        ([[0.5], [1], [float("inf")]], None),
+        ([datetime(2020, 1, 1, 12), date(2020, 1, 2)], [datetime(2020, 1, 1, 12), datetime(2020, 1, 2)]),
+        ([np.float32(0.1), np.int64(3)], [float(np.float32(0.1)), 3.0]),
+        ([np.arange(2), np.arange(2)], [[0, 1], [0, 1]]),
+        ([True, None, False], None),
+        ([Colour.RED], [1]),
+        ([range(3)], [[0, 1, 2]]),
+        ([(1, 2), (3,)], [[1, 2], [3]]),
+        ([2**63, 1], None),
+    ],
+)
+def test_a_column_gives_back_what_it_was_given(llama, tmp_path, values, stored):
+    assert stepwise(llama, tmp_path / "s", *values) == (values if stored is None else stored)
+
+
+def test_nan_is_a_value_like_others(llama, tmp_path):
+    nan = float("nan")
+    assert str(stepwise(llama, tmp_path / "s", 1, nan, 2.0)) == "[1.0, nan, 2.0]"
+    assert str(stepwise(llama, tmp_path / "t", [1.0], [nan, 2])) == "[[1.0], [nan, 2.0]]"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"x": 1}, {"y": 1}),
+        ({"x": None}, {"x": 1, "y": 2}),
+        ([1], [1.5]),
+        ([[]], [1]),
+        ([], "a"),
+        (["a"], [1]),
+        (date(2020, 1, 1), datetime(2020, 1, 1, 12)),
+        (True, 1),
+    ],
+)
+def test_values_that_a_column_would_change_are_refused(llama, tmp_path, first, second):
+    with pytest.raises(DtypeError, match=r"samples: x: expected .*, found others"):
+        stepwise(llama, tmp_path / "s", first, second)
+    with pytest.raises(DtypeError, match=r"samples: x: expected .*, found others"):
+        sampled(llama, tmp_path / "t", [([0, 1], {"x": [first, second]})], step_rows=9)
+
+
+def test_arrays_of_another_length_than_those_of_the_first_step_are_refused(llama, tmp_path):
+    with pytest.raises(DtypeError, match=r"samples: x: expected Array.*, found others"):
+        stepwise(llama, tmp_path / "s", np.arange(2), np.arange(3))
+
+
+@pytest.mark.parametrize("value", [{1}, Path("a"), object(), {}, [{}]])
+def test_values_that_no_table_holds_are_refused_naming_their_column(llama, tmp_path, value):
+    kind = type(value).__name__
+    with pytest.raises(DtypeError, match=f"samples: x: expected numbers, text.*, found {kind}"):
+        sampled(llama, tmp_path / "s", [([0], {"sound": [1], "x": [value], "zero": [None]})])

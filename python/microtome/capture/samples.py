@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from microtome.capture.columns import ColumnTypes, parquet
 from microtome.errors import DtypeError, ShapeError
 
 __all__ = ["CommittedIds", "SampleTable"]
@@ -54,9 +55,9 @@ class SampleTable:
         """Ids committed before this run: their samples are not captured again."""
         self.done = CommittedIds(self.resumed)
         self._columns = sorted(set(frames[0].columns) - set(RESERVED)) if frames else None
-        self._types: dict[str, pl.DataType] = {}
+        self._types = ColumnTypes()
         for frame in frames:
-            self._learn(frame)
+            self._types.learn(frame)
         self._next = sum(frame.height for frame in frames)
         self._taken: set[Any] = set()
         self._open: list[dict[str, Any]] = []
@@ -118,36 +119,15 @@ class SampleTable:
         """The open step's samples as parquet, and their ids; the next sample opens a new step.
 
         Raises:
-            DtypeError: a column whose values do not fit the type that the first step gave it.
+            DtypeError: a column whose values do not fit the type that the first step gave it, or no type at all.
         """
-        columns = {name: [record[name] for record in self._open] for name in self._open[0]}
-        ids = columns["id"]
-        self._open = []
+        records, self._open = self._open, []
         self.open_tokens = self.open_rows = 0
-        frame = pl.DataFrame([self._series(name, values) for name, values in columns.items()])
-        self._learn(frame)
-        buffer = io.BytesIO()
-        frame.write_parquet(buffer, compression="zstd")
-        return buffer.getvalue(), ids
-
-    def _learn(self, frame: pl.DataFrame) -> None:
-        """Keep the first type that each column had; one without any value has none yet."""
-        for name, dtype in frame.schema.items():
-            if dtype != pl.Null:
-                self._types.setdefault(name, dtype)
-
-    def _series(self, name: str, values: list[Any]) -> pl.Series:
-        known = pl.UInt64() if name == "sample" else self._types.get(name)
-        try:
-            found = pl.Series(name, values, strict=True)
-            if known is None or found.dtype == known or (found.dtype.is_numeric() and known.is_numeric()):
-                return found.cast(pl.UInt64) if name == "sample" else found
-            return pl.Series(name, values, dtype=known, strict=True)
-        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
-            raise DtypeError(
-                f"samples: {name}: expected {known or 'values of one type'}, found others "
-                f"({str(error).splitlines()[0]}). A column keeps the type of its first step"
-            ) from error
+        columns = {name: [record[name] for record in records] for name in records[0]}
+        ordinals = pl.Series("sample", columns.pop("sample"), dtype=pl.UInt64)
+        named = [self._types.series(name, values) for name, values in columns.items()]
+        self._types.learn(pl.DataFrame(named))
+        return parquet(pl.DataFrame([ordinals, *named])), columns["id"]
 
 
 def _committed(path: Path, steps: int) -> list[pl.DataFrame]:
