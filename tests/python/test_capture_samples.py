@@ -204,3 +204,37 @@ def test_values_that_no_table_holds_are_refused_naming_their_column(llama, tmp_p
     kind = type(value).__name__
     with pytest.raises(DtypeError, match=f"samples: x: expected numbers, text.*, found {kind}"):
         sampled(llama, tmp_path / "s", [([0], {"sound": [1], "x": [value], "zero": [None]})])
+
+
+# --- ids ----------------------------------------------------------------------------------------------------
+
+
+class Name(str):
+    __slots__ = ()
+
+    def __str__(self):
+        return "another text"
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (np.array(["a", "b"]), ["b", "c"]),
+        (["a", "b"], np.array(["b", "c"])),
+        (np.arange(2), [1, 2]),
+        ([0, 1], np.arange(1, 3).astype(np.uint8)),
+        ([Name("a"), Name("b")], ["b", "c"]),
+    ],
+)
+def test_a_run_with_ids_of_numpy_or_of_a_subclass_is_resumed(llama, tmp_path, first, then):
+    fed(llama, tmp_path / "s", [(first, {})])
+    ids = sampled(llama, tmp_path / "s", [(then, {})]).samples["id"].to_list()
+    assert ids in (["a", "b", "c"], [0, 1, 2])
+
+
+def test_ids_of_samples_that_were_refused_may_come_again(llama, tmp_path):
+    with mt.capture(llama.model, tmp_path / "s", HOOKS) as recorder, torch.no_grad():
+        with pytest.raises(KeyError):
+            recorder.samples(ids=["a"], x={"another": 1})
+        one_token(llama, recorder, ["a"])
+    assert Stored(tmp_path / "s").samples.columns == ["sample", "id"]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from microtome.capture.columns import ColumnTypes, parquet
@@ -69,7 +70,7 @@ class SampleTable:
         Raises:
             ShapeError: a duplicate id, a column of another length, other columns than before.
         """
-        ids = list(ids)
+        ids = [_plain(id_) for id_ in ids]
         if not ids:
             raise ShapeError("samples: ids: expected one id per sample of the next forward, found none")
         for name, values in columns.items():
@@ -83,13 +84,14 @@ class SampleTable:
                 f"samples: expected the columns {self._columns} of this store, found {sorted(columns)}"
             )
         self._check_ids(ids)
+        records = [{"id": id_, **{name: columns[name][i] for name in columns}} for i, id_ in enumerate(ids)]
         self._columns = sorted(columns)
         self._taken.update(ids)
-        return [{"id": id_, **{name: columns[name][i] for name in columns}} for i, id_ in enumerate(ids)]
+        return records
 
     def _check_ids(self, ids: Sequence[Any]) -> None:
         for id_ in ids:
-            if not isinstance(id_, (str, int)) or isinstance(id_, bool):
+            if type(id_) not in (str, int):
                 raise DtypeError(f"samples: ids: expected strings or integers, found {type(id_).__name__}")
         known = type(next(iter(self._taken or self.resumed), ids[0]))
         again = [id_ for id_ in ids if id_ in self._taken] or [
@@ -128,6 +130,13 @@ class SampleTable:
         named = [self._types.series(name, values) for name, values in columns.items()]
         self._types.learn(pl.DataFrame(named))
         return parquet(pl.DataFrame([ordinals, *named])), columns["id"]
+
+
+def _plain(id_: Any) -> Any:
+    """An id as the stored table gives it back: NumPy's strings and integers, and other subclasses, as Python's own."""
+    if isinstance(id_, str):
+        return str.__str__(id_)
+    return int(id_) if isinstance(id_, int | np.integer) and not isinstance(id_, bool) else id_
 
 
 def _committed(path: Path, steps: int) -> list[pl.DataFrame]:
