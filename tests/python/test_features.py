@@ -295,6 +295,22 @@ def test_top_samples_of_chosen_features_and_of_groups():
     assert grouped.filter(pl.col("group") == "a").drop("group").equals(alone)
 
 
+@pytest.mark.parametrize(
+    "ids", [[1, 2**64 - 1, 7], [2**63, 2**63, 3], [2**64, 2**100, 2**64], [-(2**70), 2**70, 0]]
+)
+def test_integers_of_128_bits_are_ids_and_positions_like_others(ids):
+    codes = SparseCodes(np.zeros((3, 1), np.uint32), np.array([[1.0], [3.0], [2.0]], np.float32), d_sae=1)
+    table = pl.DataFrame(
+        {"sample": ids, "position": [0, 1, 2]}, schema=dict.fromkeys(["sample", "position"], pl.Int128)
+    )
+    found = mt.top_samples(codes, table, n=3, per_sample=False)
+    assert found["sample"].to_list() == [ids[1], ids[2], ids[0]]
+    assert found["position"].to_list() == [1, 2, 0]
+    assert metrics.sample_fires(codes, table).n_samples == len(set(ids))
+    with pytest.raises(ShapeError, match="expected positions from 0, found 0 to 4294967296"):
+        mt.top_samples(codes, table.with_columns(position=pl.Series([0, 1, 2**32], dtype=pl.Int128)))
+
+
 def test_sample_ids_may_be_strings():
     codes = SparseCodes(np.zeros((3, 1), np.uint32), np.array([[1.0], [1.0], [2.0]], np.float32), d_sae=1)
     rows = {"sample": ["cat", "ape", "dog"], "position": [0, 0, 0]}

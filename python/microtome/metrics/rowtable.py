@@ -104,10 +104,16 @@ def sample_numbers(samples: pl.Series) -> tuple[npt.NDArray[np.uint64], pl.Serie
     """
     if samples.null_count():
         raise ShapeError(f"rows: expected a sample in every row, found {samples.null_count()} null")
-    if samples.dtype.is_integer() and (not len(samples) or int(samples.min()) >= 0):  # type: ignore[arg-type]
-        return np.ascontiguousarray(samples.to_numpy(), np.uint64), None
+    if samples.dtype.is_integer() and _within(samples, np.uint64):
+        return np.ascontiguousarray(samples.cast(pl.UInt64).to_numpy()), None
     keys, numbers = _dense(samples)
     return numbers.astype(np.uint64), keys
+
+
+def _within(numbers: pl.Series, dtype: type[np.unsignedinteger[Any]]) -> bool:
+    """Whether all of them fit into ``dtype``."""
+    bounds: Any = numbers.min(), numbers.max()
+    return not len(numbers) or (int(bounds[0]) >= 0 and int(bounds[1]) <= np.iinfo(dtype).max)
 
 
 def _dense(labels: pl.Series) -> tuple[pl.Series, npt.NDArray[np.int64]]:

@@ -212,11 +212,11 @@ def top_table(
 def _positions(positions: pl.Series) -> npt.NDArray[np.uint32]:
     if not positions.dtype.is_integer() or positions.null_count():
         raise ShapeError(f"rows: expected an integer position in every row, found {positions.dtype}")
-    values = positions.to_numpy()
-    low, high = int(values.min()), int(values.max())
+    bounds: Any = positions.min(), positions.max()
+    low, high = map(int, bounds)
     if low < 0 or high > np.iinfo(np.uint32).max:
         raise ShapeError(f"rows: expected positions from 0, found {low} to {high}")
-    return np.ascontiguousarray(values, np.uint32)
+    return np.ascontiguousarray(positions.cast(pl.UInt32).to_numpy())
 
 
 def _features(features: npt.ArrayLike, d_sae: int) -> npt.NDArray[np.uint32]:
