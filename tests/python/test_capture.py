@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import microtome as mt
@@ -208,6 +209,43 @@ def test_a_sequence_that_ended_gets_no_rows_while_the_others_go_on(tmp_path):
             Stored(tmp_path / name).rows().group_by("sample", maintain_order=True).len()["len"].to_list()
         )
         assert lengths == [5 + min(ended[0], 5), 8 + min(ended[1], 5)]
+
+
+def test_ids_that_end_nothing_are_words_like_others(tmp_path):
+    tiny = tiny_models.build("llama")
+    batch, free = tiny.batch([4]), {"max_new_tokens": 6, "do_sample": False}
+    word = int(tiny.model.generate(**batch, eos_token_id=None, pad_token_id=0, **free)[0, -4])
+    tiny.model.generation_config.eos_token_id = word
+    for i, options in enumerate(
+        [{"eos_token_id": None, "pad_token_id": word}, {"eos_token_id": 0, "pad_token_id": word}]
+    ):
+        with mt.capture(tiny.model, tmp_path / str(i), ["hook_embed"]) as recorder:
+            recorder.samples(ids=["a"])
+            out = tiny.model.generate(**batch, **free, **options)
+        assert out[0, 5:].tolist().count(word) > 0
+        assert Stored(tmp_path / str(i)).rows().height == 5 + 5, "the last word is not fed back"
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_padding_after_a_sequence_that_a_criterion_ended_is_no_row(tmp_path, positional):
+    tiny = tiny_models.build("llama")
+    batch = tiny.batch([4, 7])
+
+    def first_ends_at_two(ids, scores, **_):
+        return torch.tensor([ids.shape[1] >= 8 + 2, False])
+
+    criteria = transformers.StoppingCriteriaList([first_ends_at_two])
+    with mt.capture(tiny.model, tmp_path / "s", ["hook_embed"]) as recorder:
+        recorder.samples(ids=["a", "b"])
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 63, "pad_token_id": 0}
+        if positional:
+            mask, ids = batch["attention_mask"], batch["input_ids"]
+            out = tiny.model.generate(ids, None, None, criteria, attention_mask=mask, **options)
+        else:
+            out = tiny.model.generate(**batch, stopping_criteria=criteria, **options)
+    assert out[0, -4:].tolist() == [0] * 4
+    rows = Stored(tmp_path / "s").rows()
+    assert rows.group_by("sample", maintain_order=True).len()["len"].to_list() == [5 + 2, 8 + 5]
 
 
 def test_a_decoding_loop_of_ones_own_appends_to_the_same_samples(tmp_path):

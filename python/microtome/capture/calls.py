@@ -6,7 +6,7 @@ Both are replaced on the one object that is captured, never on its class, and pu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,10 @@ import torch
 from microtome.errors import Error
 
 __all__ = ["Generation", "Stop", "cached_columns", "refuse_compiled", "replaced", "stopping"]
+
+
+_POSITIONAL = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
+"""The arguments of ``generate`` in their order, as far as capture reads them."""
 
 
 class Stop(BaseException):
@@ -54,12 +58,14 @@ class Generation:
         self.prompt_columns = 0 if prompt is None else prompt.shape[-1]
         self.pixels = kwargs.get("pixel_values")
         self._prompt_mask = kwargs.get("attention_mask")
-        configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
-        self.end_ids: list[int] = []
-        for name in ("eos_token_id", "pad_token_id"):
-            values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-            found = next((value for value in values if value is not None), None)
-            self.end_ids += [] if found is None else torch.as_tensor(found).flatten().tolist()
+        named = dict(zip(_POSITIONAL, args, strict=False)) | dict(kwargs)
+        configs = (named.get("generation_config"), getattr(model, "generation_config", None))
+        self.end_ids = _ids("eos_token_id", named, configs)
+        if self.end_ids and any(
+            _found(name, named, configs) for name in ("stopping_criteria", "stop_strings")
+        ):
+            # a sequence that these end is padded; otherwise the padding id may be a word like others
+            self.end_ids += _ids("pad_token_id", named, configs)
 
     def mask(self, samples: int, columns: int) -> Any:
         """The padding of all columns so far, told from the prompt's mask: all that is generated is tokens."""
@@ -68,6 +74,18 @@ class Generation:
             prompt = self._prompt_mask.bool().cpu().numpy()[:, :columns]
             mask[:, : prompt.shape[1]] = prompt
         return mask
+
+
+def _found(name: str, named: Mapping[str, Any], configs: Sequence[Any]) -> Any:
+    """An option of ``generate``: what the call names, None included, stands before the configurations."""
+    if name in named:
+        return named[name]
+    return next((value for c in configs if (value := getattr(c, name, None)) is not None), None)
+
+
+def _ids(name: str, named: Mapping[str, Any], configs: Sequence[Any]) -> list[int]:
+    found = _found(name, named, configs)
+    return [] if found is None else torch.as_tensor(found).flatten().tolist()
 
 
 def cached_columns(given: Mapping[str, Any]) -> int:
