@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from microtome import errors
-from microtome._core import __version__, num_threads, set_num_threads
+from microtome._core import __version__, num_threads
+from microtome.threads import set_num_threads
 
 if TYPE_CHECKING:
     from microtome.capture import Recorder, capture

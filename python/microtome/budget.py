@@ -1,12 +1,24 @@
-"""Memory budgets as a person writes them."""
+"""Memory budgets, whole numbers and flags as a person writes them."""
 
 from __future__ import annotations
 
+import operator
 import re
+import reprlib
+from typing import Any, overload
 
-from microtome.errors import ShapeError
+from microtome.errors import DtypeError, ShapeError
 
-__all__ = ["parse_bytes"]
+__all__ = ["LARGEST", "LARGEST_SEED", "MOST_RESAMPLES", "flag", "parse_bytes", "required_bytes", "whole"]
+
+LARGEST = 2**63 - 1
+"""Largest whole number that is taken unless told otherwise: that of a signed 64-bit word."""
+
+LARGEST_SEED = 2**64 - 1
+"""Largest seed of a generator of the core."""
+
+MOST_RESAMPLES = 10**6
+"""Repetitions that an interval is taken from, at most."""
 
 _UNITS = {
     "": 1,
@@ -21,23 +33,77 @@ _UNITS = {
 }
 
 
+@overload
+def parse_bytes(budget: int | str) -> int: ...
+@overload
+def parse_bytes(budget: int | str | None) -> int | None: ...
 def parse_bytes(budget: int | str | None) -> int | None:
-    """``"2GiB"``, ``"500 MB"`` or a number as bytes.
+    """``"2GiB"``, ``"500 MB"`` or a number as bytes; None where None.
 
     Example:
         >>> parse_bytes("1.5 KiB")
         1536
 
     Raises:
-        ShapeError: the text is not a size, or not positive.
+        ShapeError: not a number of bytes or a size in text, or not positive.
     """
-    if budget is None:
-        return None
+    return None if budget is None else required_bytes(budget)
+
+
+def required_bytes(budget: int | str) -> int:
+    """As :func:`parse_bytes`, where there has to be a budget."""
     if isinstance(budget, str):
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?B?)\s*", budget.upper())
+        found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?I?B?)\s*", budget.upper())
         if not found or found[2] not in _UNITS:
             raise ShapeError(f"memory_budget: expected bytes or text such as '2GiB', found {budget!r}")
         budget = int(float(found[1]) * _UNITS[found[2]])
-    if budget <= 0:
-        raise ShapeError(f"memory_budget: expected more than 0 bytes, found {budget}")
-    return budget
+    number = _index(budget)
+    if number is None:
+        raise ShapeError(f"memory_budget: expected bytes or text such as '2GiB', found {_shown(budget)}")
+    if number <= 0:
+        raise ShapeError(f"memory_budget: expected more than 0 bytes, found {number}")
+    if number > LARGEST:
+        raise ShapeError(f"memory_budget: expected at most {LARGEST} bytes, found {number}")
+    return number
+
+
+def whole(value: Any, name: str, least: int = 0, most: int = LARGEST) -> int:
+    """``value`` as a whole number from ``least`` to ``most``; those of NumPy are welcome, bools are not.
+
+    Example:
+        >>> whole(3, "replicates", least=2)
+        3
+
+    Raises:
+        ShapeError: not a whole number, or one outside the bounds.
+    """
+    number = _index(value)
+    if number is None or number < least:
+        raise ShapeError(f"{name}: expected a whole number of at least {least}, found {_shown(value)}")
+    if number > most:
+        raise ShapeError(f"{name}: expected a whole number of at most {most}, found {number}")
+    return number
+
+
+def flag(value: Any, name: str) -> bool:
+    """``value`` as a bool, of Python or of NumPy.
+
+    Raises:
+        DtypeError: anything else.
+    """
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise DtypeError(f"{name}: expected True or False, found {_shown(value)}")
+    return bool(value)
+
+
+def _index(value: Any) -> int | None:
+    """The whole number that ``value`` stands for; None where it stands for none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, and on one line."""
+    return " ".join(reprlib.repr(value).split())

@@ -145,7 +145,7 @@ def test_sizes_beyond_memory_are_refused_by_name():
 def test_bad_input_is_refused_by_name():
     with pytest.raises(ShapeError, match="size_a: expected at most n = 5, found 6"):
         mt.expected_iou(5, 6, 1)
-    with pytest.raises(ShapeError, match="size_b: expected whole numbers of at least 0, found -1"):
+    with pytest.raises(ShapeError, match="size_b: expected a whole number of at least 0, found -1"):
         mt.expected_iou(5, 2, -1)
     with pytest.raises(ShapeError, match="one size for each of 2 strata"):
         mt.expected_iou([5, 5], [1, 1], [1])

@@ -228,7 +228,7 @@ def test_minibatch_cka_averages_hsic_over_batches():
     assert minibatch_cka(xs, batch=16) == pytest.approx(np.array(expected), abs=1e-5)
     assert minibatch_cka(xs[:1], xs[1:], batch=16)[0, 0] == pytest.approx(expected[0][1], abs=1e-5)
     assert minibatch_cka(xs, batch=70) == pytest.approx(mt.cka_matrix(xs), abs=1e-6)
-    with pytest.raises(ShapeError, match="batch: expected at least 4 rows, found 3"):
+    with pytest.raises(ShapeError, match="batch: expected a whole number of at least 4, found 3"):
         minibatch_cka(xs, batch=3)
 
 

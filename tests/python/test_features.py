@@ -488,7 +488,7 @@ REFUSALS = {
         ShapeError,
         "position",
     ),
-    "n of zero": (lambda: mt.top_samples(GOOD, ROWS, n=0), ShapeError, "n: expected at least 1"),
+    "n of zero": (lambda: mt.top_samples(GOOD, ROWS, n=0), ShapeError, "n: expected a whole number of at least 1"),
     "feature beyond": (lambda: mt.top_samples(GOOD, ROWS, features=[37]), ShapeError, "features"),
     "feature twice": (lambda: mt.top_samples(GOOD, ROWS, features=[3, 3]), ShapeError, "features"),
     "not a row table": (lambda: mt.top_samples(GOOD, 3), DtypeError, "rows"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from microtome import _core, tensors
 from microtome import progress as progress_bar
+from microtome.budget import whole
 from microtome.errors import DtypeError, NonFiniteError, ShapeError
 from microtome.metrics.features import Codes, FeatureStats, core_codes, firing_stats, part
 from microtome.metrics.reconstruction import Decoder, finished_fvu
@@ -90,8 +91,7 @@ def analyse(
     n = len(x)
     if n == 0:
         raise ShapeError("x: expected at least one row, found no rows selected")
-    if top < 0:
-        raise ShapeError(f"top: expected at least 0, found {top}")
+    top = whole(top, "top")
     encode, reconstruct = _encoding(encoder), _reconstruction(encoder, W_dec, b_dec)
     table = getattr(x, "rows", None) if rows is None else rows
     groups = grouping(by, table, n)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from microtome import _core, tensors
+from microtome.budget import whole
 from microtome.errors import DtypeError, ShapeError
 
 __all__ = ["Bitset", "IouChance", "expected_iou", "inclusion_rate", "iou_chance", "normalised_iou", "top_n"]
@@ -42,6 +43,7 @@ class Bitset:
     """Number of nodes to choose from."""
 
     def __post_init__(self) -> None:
+        whole(self.n, "n")
         expected = (-(-self.n // 64),)
         if self.words.dtype != np.uint64:
             raise DtypeError(f"words: expected uint64, found {self.words.dtype}")
@@ -58,7 +60,7 @@ class Bitset:
             nodes = nodes.astype(np.int64)
         if nodes.dtype.kind not in "iu" or nodes.ndim != 1:
             raise ShapeError(f"indices: expected whole numbers (m,), found {nodes.dtype} {nodes.shape}")
-        return cls(_core.bitset_from_indices(np.ascontiguousarray(nodes, np.int64), n), n)
+        return cls(_core.bitset_from_indices(np.ascontiguousarray(nodes, np.int64), whole(n, "n")), n)
 
     @classmethod
     def from_mask(cls, mask: Any) -> Bitset:
@@ -186,7 +188,7 @@ def iou_chance(
         raise ShapeError(
             f"size_a, size_b: expected one size for each of {len(sizes[0])} strata, found {found}"
         )
-    observed = None if intersection is None else _numbers(intersection, "intersection")[0]
+    observed = None if intersection is None else whole(intersection, "intersection")
     return IouChance(*_core.iou_chance(list(zip(*sizes, strict=True)), observed))
 
 
@@ -218,7 +220,7 @@ def inclusion_rate(n: int, size: int, positions: int = 1) -> float:
         0.85
     """
     named = {"n": n, "size": size, "positions": positions}
-    return _core.inclusion_rate(*(_numbers(value, name)[0] for name, value in named.items()))
+    return _core.inclusion_rate(*(whole(value, name) for name, value in named.items()))
 
 
 def top_n(scores: Any, n: int) -> npt.NDArray[np.int64]:
@@ -238,14 +240,13 @@ def top_n(scores: Any, n: int) -> npt.NDArray[np.int64]:
         array([0, 1, 3])
     """
     flat = scores.reshape(-1) if hasattr(scores, "reshape") else np.asarray(scores)
-    return _core.top_n(tensors.core_vector(flat, "scores"), _numbers(n, "n")[0])
+    return _core.top_n(tensors.core_vector(flat, "scores"), whole(n, "n"))
 
 
 def _numbers(value: int | Sequence[int], name: str) -> list[int]:
-    """One or several sizes as a list; bools, fractions and negative numbers are refused."""
-    sizes = np.atleast_1d(np.asarray(value))
-    if sizes.size == 0:
-        return []
-    if sizes.ndim != 1 or sizes.dtype.kind not in "iu" or (sizes < 0).any():
-        raise ShapeError(f"{name}: expected whole numbers of at least 0, found {value!r}")
-    return [int(size) for size in sizes]
+    """One or several sizes as a list."""
+    try:
+        sizes = iter(value)  # type: ignore[arg-type]
+    except TypeError:
+        return [whole(value, name)]
+    return [whole(size, name) for size in sizes]

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from microtome import _core, tensors
+from microtome.budget import flag, required_bytes
 from microtome.errors import ShapeError
 from microtome.metrics.undefined import warn_undefined
 from microtome.progress import bar
@@ -31,7 +32,7 @@ MEMORY_BUDGET = 1 << 30
 
 
 def linear_cka(
-    x: Any, y: Any, debiased: bool = True, *, memory_budget: int = MEMORY_BUDGET, progress: bool = True
+    x: Any, y: Any, debiased: bool = True, *, memory_budget: int | str = MEMORY_BUDGET, progress: bool = True
 ) -> float:
     """Linear CKA of two representations of the same rows, exact over all of them.
 
@@ -39,8 +40,8 @@ def linear_cka(
         x: (n, d_x) tensor, array or :class:`~microtome.Activations`, of float32, float16 or bfloat16.
         y: (n, d_y), row ``i`` belonging to row ``i`` of ``x``.
         debiased: take the U-statistic, which needs 4 rows; else the biased estimator of Kornblith et al.
-        memory_budget: bytes to use beyond the inputs. Where it has no room for the cheaper of two forms the other one is
-            taken, and the last bits differ.
+        memory_budget: bytes, or text such as ``"2GiB"``, to use beyond the inputs. Where it has no room for the cheaper
+            of two forms the other one is taken, and the last bits differ.
         progress: draw a bar on a terminal.
 
     Returns:
@@ -68,7 +69,7 @@ def cka_matrix(
     ys: Iterable[Any] | None = None,
     debiased: bool = True,
     *,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | str = MEMORY_BUDGET,
     progress: bool = True,
 ) -> Float64:
     """Linear CKA of every representation in ``xs`` with every one in ``ys``, in one pass where memory allows.
@@ -77,7 +78,7 @@ def cka_matrix(
         xs: representations of the same rows, as :func:`linear_cka` takes them; widths may differ.
         ys: a second list, or None for all pairs of ``xs``.
         debiased: as in :func:`linear_cka`.
-        memory_budget: bytes to use beyond the inputs. With less, the rows are read more often, to the same result; where
+        memory_budget: as in :func:`linear_cka`. With less, the rows are read more often, to the same result; where
             it has no room for the cheaper of two forms the other one is taken, and the last bits differ.
         progress: draw a bar on a terminal.
 
@@ -117,11 +118,12 @@ def _matrix(
     xs: list[tuple[str, Any]],
     ys: list[tuple[str, Any]] | None,
     debiased: bool,
-    memory_budget: int,
+    memory_budget: int | str,
     progress: bool,
 ) -> Float64:
+    options = flag(debiased, "debiased"), required_bytes(memory_budget)
     with bar("CKA", rows_of(xs), progress) as done:
-        values, undefined = _core.cka_matrix(xs, ys, debiased, memory_budget, done)
+        values, undefined = _core.cka_matrix(xs, ys, *options, done)
     if undefined:
         names = [name for name, _ in (*xs, *(ys or []))]
         warn_undefined("CKA", "its HSIC with itself is not positive", [names[i] for i in undefined], 4)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from microtome import _core, tensors
+from microtome.budget import LARGEST_SEED, MOST_RESAMPLES, flag, required_bytes, whole
 from microtome.errors import ShapeError
 from microtome.metrics.cka import MEMORY_BUDGET, Float64, named, rows_of
 from microtome.metrics.undefined import warn_undefined
@@ -37,7 +38,7 @@ def minibatch_cka(
     ys: Iterable[Any] | None = None,
     batch: int = 256,
     *,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | str = MEMORY_BUDGET,
     progress: bool = True,
 ) -> Float64:
     """Minibatch CKA: debiased HSIC averaged over batches, then the ratio.
@@ -49,7 +50,7 @@ def minibatch_cka(
         xs: representations of the same rows, as :func:`~microtome.linear_cka` takes them.
         ys: a second list, or None for all pairs of ``xs``.
         batch: neighbouring rows per batch, at least 4; a last batch of fewer than 4 is left out.
-        memory_budget: bytes to use beyond the inputs.
+        memory_budget: as in :func:`~microtome.linear_cka`.
         progress: draw a bar on a terminal.
 
     Returns:
@@ -64,9 +65,10 @@ def minibatch_cka(
         >>> minibatch_cka([x], [2 * x], batch=20).round(6)
         array([[1.]])
     """
+    options = whole(batch, "batch", 4), required_bytes(memory_budget)
     x_layers, y_layers = named(xs, "xs"), None if ys is None else named(ys, "ys")
     with bar("minibatch CKA", rows_of(x_layers), progress) as done:
-        values, undefined = _core.minibatch_cka(x_layers, y_layers, batch, memory_budget, done)
+        values, undefined = _core.minibatch_cka(x_layers, y_layers, *options, done)
     if undefined:
         names = [name for name, _ in (*x_layers, *(y_layers or []))]
         warn_undefined("CKA", _NOT_POSITIVE, [names[i] for i in undefined])
@@ -74,7 +76,7 @@ def minibatch_cka(
 
 
 def rbf_cka(
-    x: Any, y: Any, sigma: float = 0.5, debiased: bool = True, *, memory_budget: int = MEMORY_BUDGET
+    x: Any, y: Any, sigma: float = 0.5, debiased: bool = True, *, memory_budget: int | str = MEMORY_BUDGET
 ) -> float:
     r"""CKA with the kernel :math:`\exp(-\lVert x_i - x_j \rVert^2 / 2\sigma^2)`.
 
@@ -85,7 +87,7 @@ def rbf_cka(
         y: (n, d_y).
         sigma: width of the kernel, as a fraction of the median distance between rows of ``x``, and of ``y``.
         debiased: as in :func:`~microtome.linear_cka`.
-        memory_budget: bytes to use beyond the inputs.
+        memory_budget: as in :func:`~microtome.linear_cka`.
 
     Returns:
         At most 1; NaN, with a warning, when ``x`` or ``y`` is constant.
@@ -99,8 +101,9 @@ def rbf_cka(
         >>> round(rbf_cka(x, 3 * x + 1), 4)
         1.0
     """
+    options = flag(debiased, "debiased"), required_bytes(memory_budget)
     pair = ("x", tensors.core_source(x, "x")), ("y", tensors.core_source(y, "y"))
-    values, undefined = _core.rbf_cka(*pair, sigma, debiased, memory_budget)
+    values, undefined = _core.rbf_cka(*pair, sigma, *options)
     if undefined:
         warn_undefined("RBF CKA", _NOT_POSITIVE, [pair[i][0] for i in undefined])
     return float(values[0, 0])
@@ -114,7 +117,7 @@ def cka_interval(
     n_resamples: int = 200,
     seed: int = 0,
     groups: Any = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | str = MEMORY_BUDGET,
 ) -> CkaInterval:
     """Debiased linear CKA with an interval from random halves of the rows.
 
@@ -126,18 +129,19 @@ def cka_interval(
         x: (n, d_x), as :func:`~microtome.linear_cka` takes it; n at least 8.
         y: (n, d_y).
         level: probability that the interval aims to cover.
-        n_resamples: halves to draw.
+        n_resamples: halves to draw, 2 to a million.
         seed: of the draws; the same seed gives the same interval.
         groups: (n,) whole numbers: rows of one group (tokens of one image, say) depend on each other and are drawn
             together. At least 8 groups.
-        memory_budget: bytes to use beyond the inputs; two n x n matrices of float64 must fit.
+        memory_budget: as in :func:`~microtome.linear_cka`; two n x n matrices of float64 must fit.
 
     Returns:
         Estimate, low, high, standard error. All but the estimate are NaN, with a warning, where a half is too small
         for its CKA to be defined.
 
     Raises:
-        ShapeError: fewer than 8 rows or groups, a level outside (0, 1), or as :func:`~microtome.linear_cka`.
+        ShapeError: fewer than 8 rows or groups, fewer than 2 halves, a level outside (0, 1), or as
+            :func:`~microtome.linear_cka`.
         MemoryError: the matrices exceed the budget.
 
     Example:
@@ -148,11 +152,13 @@ def cka_interval(
     """
     if not 0 < level < 1:
         raise ShapeError(f"level: expected a probability between 0 and 1, found {level}")
+    draws = whole(n_resamples, "n_resamples", 2, MOST_RESAMPLES), whole(seed, "seed", most=LARGEST_SEED)
+    budget = required_bytes(memory_budget)
     pair = ("x", tensors.core_source(x, "x")), ("y", tensors.core_source(y, "y"))
     codes = (
         None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.uint32)
     )
-    estimate, halves, factor = _core.cka_halves(*pair, n_resamples, seed, codes, memory_budget)
+    estimate, halves, factor = _core.cka_halves(*pair, *draws, codes, budget)
     if np.isnan(halves).any():
         warn_undefined("cka_interval", "a half of the rows has no positive HSIC", ["the interval"])
         return CkaInterval(estimate, math.nan, math.nan, math.nan)

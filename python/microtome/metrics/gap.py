@@ -11,6 +11,7 @@ import polars as pl
 
 from microtome import _core
 from microtome import progress as progress_bar
+from microtome.budget import LARGEST_SEED, MOST_RESAMPLES, flag, whole
 from microtome.errors import ShapeError
 from microtome.metrics.codes import row_pointers, runs
 from microtome.metrics.features import Codes, CoreCodes, code_blocks, core_codes, feature_stats, n_rows
@@ -85,7 +86,7 @@ def frequency_gap(
         cluster: column, or expression over columns, that names the cluster of a row, e.g. the image.
         shared: whether equal names in both sets are one cluster, as when one set lies within the other; clusters
             are then drawn for both sets at once. Otherwise each set draws its own.
-        replicates: number of bootstrap replicates.
+        replicates: number of bootstrap replicates, 2 to a million.
         level: level of the interval.
         seed: seed of the draws.
         progress: show a bar on a terminal.
@@ -104,8 +105,8 @@ def frequency_gap(
     """
     if not 0 < level < 1:
         raise ShapeError(f"level: expected a number between 0 and 1, found {level}")
-    if replicates < 2:
-        raise ShapeError(f"replicates: expected at least 2, found {replicates}")
+    draws = whole(replicates, "replicates", 2, MOST_RESAMPLES), level, whole(seed, "seed", most=LARGEST_SEED)
+    shared = flag(shared, "shared")
     if spatial.d_sae != base.d_sae:
         raise ShapeError(f"base: expected d_sae = {spatial.d_sae} as spatial, found {base.d_sae}")
     expression = pl.col(cluster) if isinstance(cluster, str) else cluster
@@ -118,11 +119,7 @@ def frequency_gap(
     with progress_bar.bar("frequency gap", spatial.d_sae, progress, "features") as done:
         for first, stop in _spans(spatial, base):
             sides = [_features(codes, first, stop) for codes in (spatial, base)]
-            spans.append(
-                _core.frequency_gap(
-                    sides[0], numbers[0], sides[1], numbers[1], replicates, level, seed, shared
-                )
-            )
+            spans.append(_core.frequency_gap(sides[0], numbers[0], sides[1], numbers[1], *draws, shared))
             done(stop)
     gap, error, low, high = (np.concatenate(column) for column in zip(*spans, strict=True))
     return FrequencyGap(gap, error, low, high, level, (names[0].n_unique(), names[1].n_unique()))

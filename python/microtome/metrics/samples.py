@@ -12,6 +12,7 @@ import polars as pl
 
 from microtome import _core
 from microtome import progress as progress_bar
+from microtome.budget import flag, whole
 from microtome.errors import ShapeError
 from microtome.metrics.codes import runs
 from microtome.metrics.features import (
@@ -150,8 +151,7 @@ def top_samples(
         >>> top_samples(codes, {"sample": [0, 1], "position": [4, 5]}, n=1).row(0)
         (0, 1, 1, 5, 3.0)
     """
-    if n < 1:
-        raise ShapeError(f"n: expected at least 1, found {n}")
+    n, per_sample = whole(n, "n", 1), flag(per_sample, "per_sample")
     height = n_rows(codes)
     labels = row_labels(rows, height)
     groups = grouping(by, rows, height)

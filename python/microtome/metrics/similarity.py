@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from microtome import _core, tensors
+from microtome.budget import flag, required_bytes, whole
 from microtome.errors import ShapeError
 from microtome.metrics.undefined import warn_undefined
 
@@ -69,7 +70,7 @@ def decoder_cosine(W_a: Any, W_b: Any) -> npt.NDArray[np.float64]:
 
 
 def match_features(
-    W_a: Any, W_b: Any, k: int = 1, *, mutual: bool = False, memory_budget: int = MEMORY_BUDGET
+    W_a: Any, W_b: Any, k: int = 1, *, mutual: bool = False, memory_budget: int | str = MEMORY_BUDGET
 ) -> Matches:
     """The ``k`` best matches, by cosine, of every feature of one dictionary among all features of another.
 
@@ -81,7 +82,7 @@ def match_features(
         W_b: decoder (d_sae_b, d_in).
         k: matches per feature.
         mutual: keep a match only where it is the best in both directions; needs ``k=1``.
-        memory_budget: bytes for packed rows of ``W_b``. The result does not depend on it.
+        memory_budget: bytes, or text such as ``"2GiB"``, for packed rows of ``W_b``. The result does not depend on it.
 
     Returns:
         ``(indices, cosines)``, each (d_sae_a, k). A zero row of ``W_a`` has index -1 and cosine NaN, with an
@@ -96,15 +97,16 @@ def match_features(
         >>> match_features(W, W[[2, 0, 1]]).indices.ravel()
         array([1, 2, 0])
     """
-    if mutual and k != 1:
+    k, budget = whole(k, "k"), required_bytes(memory_budget)
+    if flag(mutual, "mutual") and k != 1:
         raise ShapeError(f"k: expected 1 with mutual=True, found {k}")
     a, b = tensors.core_matrix(W_a, "W_a"), tensors.core_matrix(W_b, "W_b")
-    indices, cosines, zero_a, zero_b = _core.match_rows(a, b, k, ("W_a", "W_b"), memory_budget)
+    indices, cosines, zero_a, zero_b = _core.match_rows(a, b, k, ("W_a", "W_b"), budget)
     zero = [f"feature {j} of W_a" for j in zero_a] + [f"feature {j} of W_b" for j in zero_b]
     if zero:
         warn_undefined("match_features", _ZERO, zero)
     if mutual:
-        back, _, _, _ = _core.match_rows(b, a, 1, ("W_b", "W_a"), memory_budget)
+        back, _, _, _ = _core.match_rows(b, a, 1, ("W_b", "W_a"), budget)
         found = indices[:, 0] >= 0
         one_way = ~found
         one_way[found] = back[indices[found, 0], 0] != np.flatnonzero(found)
@@ -112,7 +114,7 @@ def match_features(
     return Matches(indices, cosines)
 
 
-def mutual_matches(W_a: Any, W_b: Any, *, memory_budget: int = MEMORY_BUDGET) -> MutualMatches:
+def mutual_matches(W_a: Any, W_b: Any, *, memory_budget: int | str = MEMORY_BUDGET) -> MutualMatches:
     """Pairs of features that are each other's best match by cosine.
 
     Args:
