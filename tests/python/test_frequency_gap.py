@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 import microtome as mt
-from microtome.errors import NonFiniteError, ShapeError
+from microtome.errors import NonFiniteError, ShapeError, UndefinedWarning
 from microtome.metrics import SparseCodes, frequency_gap
 
 F32 = np.float32
@@ -83,6 +83,26 @@ def test_clusters_may_be_named_by_any_expression():
     by_name = frequency_gap(codes, named, codes[:200], named[:200], cluster="image", replicates=80)
     by_number = frequency_gap(codes, rows, codes[:200], rows[:200], cluster=pl.col("sample"), replicates=80)
     assert by_name.to_polars().equals(by_number.to_polars())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("one", ["spatial", "base", "both", "each its own"])
+def test_one_cluster_has_no_interval_and_says_so(one, shared):
+    """A cluster drawn alone is the same in every replicate: a point would pass for certainty."""
+    (a, rows_a), (b, rows_b) = clustered(0, n_clusters=3), clustered(1, n_clusters=3)
+    if one != "base":
+        a, rows_a = a[:10], rows_a[:10]
+    if one != "spatial":
+        b, rows_b = b[:10], rows_b[:10]
+    if one == "each its own":
+        rows_b = rows_b + 1
+    named = {"spatial": "for spatial:", "base": "for base:"}.get(one, "for spatial, base:")
+    with pytest.warns(UndefinedWarning, match=named):
+        found = frequency_gap(a, rows_a, b, rows_b, replicates=50, shared=shared)
+    np.testing.assert_allclose(found.gap, (a.values > 0).mean(0) - (b.values > 0).mean(0), rtol=1e-12)
+    for values in (found.standard_error, found.low, found.high):
+        assert np.isnan(values).all()
+    assert not found.excludes_zero().any()
 
 
 CODES, ROWS = clustered(0)

@@ -16,6 +16,7 @@ from microtome.errors import ShapeError
 from microtome.metrics.codes import row_pointers, runs
 from microtome.metrics.features import Codes, CoreCodes, code_blocks, core_codes, feature_stats, n_rows
 from microtome.metrics.rowtable import RowTable, columns
+from microtome.metrics.undefined import warn_undefined
 
 __all__ = ["FrequencyGap", "frequency_gap"]
 
@@ -30,7 +31,7 @@ class FrequencyGap:
     gap: npt.NDArray[np.float64]
     """Frequency in the spatial set minus that in the base set, over tokens."""
     standard_error: npt.NDArray[np.float64]
-    """Standard deviation over bootstrap replicates; NaN where no replicate holds both sets."""
+    """Standard deviation over bootstrap replicates; NaN where no replicate holds both sets, or a set has one cluster alone."""
     low: npt.NDArray[np.float64]
     """Lower end of the percentile interval."""
     high: npt.NDArray[np.float64]
@@ -91,6 +92,11 @@ def frequency_gap(
         seed: seed of the draws.
         progress: show a bar on a terminal.
 
+    Returns:
+        Gap, standard error and interval. All but the gap are NaN, with an
+        :class:`~microtome.errors.UndefinedWarning`, where a set has one cluster alone: nothing says how clusters of
+        its kind differ.
+
     Raises:
         ShapeError: no rows, tables that do not fit, sets that differ in ``d_sae``, a level outside 0 to 1.
         NonFiniteError: an activation is NaN or infinite.
@@ -122,7 +128,12 @@ def frequency_gap(
             spans.append(_core.frequency_gap(sides[0], numbers[0], sides[1], numbers[1], *draws, shared))
             done(stop)
     gap, error, low, high = (np.concatenate(column) for column in zip(*spans, strict=True))
-    return FrequencyGap(gap, error, low, high, level, (names[0].n_unique(), names[1].n_unique()))
+    n_clusters = names[0].n_unique(), names[1].n_unique()
+    if min(n_clusters) < 2:
+        which = [name for name, n in zip(("spatial", "base"), n_clusters, strict=True) if n < 2]
+        warn_undefined("the interval of frequency_gap", "expected at least 2 clusters, found 1", which)
+        error = low = high = np.full_like(gap, np.nan)
+    return FrequencyGap(gap, error, low, high, level, n_clusters)
 
 
 def _spans(spatial: Codes, base: Codes) -> Iterator[tuple[int, int]]:
