@@ -100,7 +100,7 @@ def frequency_gap(
     Raises:
         ShapeError: no rows, tables that do not fit, sets that differ in ``d_sae``, a level outside 0 to 1.
         NonFiniteError: an activation is NaN or infinite.
-        MemoryError: replicates times clusters exceed 1 GiB of draws.
+        MemoryError: replicates times clusters exceed 1 GiB of draws; of draws for either set where they are not shared.
 
     Example:
         >>> from microtome.metrics import SparseCodes
