@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import microtome as mt
 from microtome.errors import DtypeError, NonFiniteError, ShapeError
+from microtome.metrics import SparseCodes
 
 PATHS = ["plain", "neon", "neondot", "avx2", "avx512", "avx512bf16", "avx512vnni", "amx"]
 
@@ -256,6 +257,58 @@ def test_codes_convert_slice_and_decode_alike():
         torch.equal(indptr.diff(), torch.from_numpy((dense > 0).sum(1)))
         and len(indices) == len(values) == indptr[-1]
     )
+
+
+def held(codes, kind):
+    """The same codes with fields of other types."""
+    names = ["indptr", "indices", "values"][-2 if isinstance(codes, SparseCodes) else -3 :]
+    fields = [getattr(codes, name) for name in names]
+    if kind == "strided":
+        fields = [np.repeat(field, 2, axis=-1)[..., ::2] for field in fields]
+    elif kind == "wide":
+        fields = [field.astype(np.float64 if field.dtype.kind == "f" else np.int64) for field in fields]
+    else:
+        fields = list(codes.to_torch())
+        fields[-1] = fields[-1].bfloat16() if kind == "bfloat16" else fields[-1].requires_grad_()
+    return type(codes)(*fields, codes.d_sae)
+
+
+@pytest.mark.parametrize("n", [0, 7])
+@pytest.mark.parametrize("kind", ["gradient", "bfloat16", "wide", "strided"])
+@pytest.mark.parametrize("shape", ["slots", "ragged"])
+def test_fields_of_every_type_that_statistics_take_are_converted_and_decoded(kind, shape, n):
+    pytest.importorskip("torch")
+    x, W, b, _ = data(30, 16, 80)
+    codes = mt.TopKEncoder(W, b, k=5)(x)[:n]
+    codes = SparseCodes(codes.indices, np.round(codes.values * 4) / 4, 80)  # exact in bfloat16
+    codes = codes if shape == "slots" else codes.to_ragged()
+    W_dec = data(80, 16, 1, seed=9)[0]
+    found = held(codes, kind)
+    for mine, expected in zip(found.to_csr(), codes.to_csr(), strict=True):
+        assert mine.dtype == expected.dtype
+        assert np.array_equal(mine, expected)
+    for mine, expected in zip(found.to_torch(), codes.to_torch(), strict=True):
+        assert mine.dtype == expected.dtype
+        assert mine.equal(expected)
+    assert np.array_equal(found.to_dense(), codes.to_dense())
+    assert np.array_equal(found.decode(W_dec), codes.decode(W_dec))
+    assert np.array_equal(found[::2].to_dense(), codes[::2].to_dense())
+    assert np.array_equal(found[np.arange(n) % 3 == 0].decode(W_dec), codes[::3].decode(W_dec))
+
+
+def test_features_that_no_dictionary_has_are_refused_in_every_form():
+    codes = SparseCodes(np.array([[-1]]), np.ones((1, 1), np.float32), 4)
+    for form in (
+        codes.to_csr,
+        codes.to_dense,
+        codes.to_torch,
+        lambda: codes.decode(np.eye(4, dtype=np.float32)),
+    ):
+        with pytest.raises(ShapeError, match="indices: expected features from 0 to 3, found -1"):
+            form()
+    codes = SparseCodes(np.array([[0.5]]), np.ones((1, 1), np.float32), 4)
+    with pytest.raises(DtypeError, match="indices: expected integers, found float64"):
+        codes.to_dense()
 
 
 X, W, B, _ = data(6, 8, 20)

@@ -7,6 +7,7 @@ Both are immutable, slice by row, and convert to dense, CSR and torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from microtome import _core, tensors
 from microtome.errors import ShapeError
+from microtome.metrics.fields import activations, feature_numbers, row_bounds
 
 __all__ = [
     "CSR",
@@ -77,12 +79,13 @@ class SparseCodes:
 
     def to_torch(self) -> tuple[Any, Any]:
         """Tensors ``(indices int64 (n, k), values float32 (n, k))``."""
-        return _to_torch(self.indices, self.values)
+        return _to_torch(feature_numbers(self.indices, self.d_sae), activations(self.values))
 
     def to_csr(self) -> CSR:
         """``(indptr, indices, values)`` without the empty slots."""
-        filled = self.values != 0  # (n, k)
-        return row_pointers(filled.sum(1)), self.indices[filled], self.values[filled]
+        indices, values = feature_numbers(self.indices, self.d_sae), activations(self.values)
+        filled = values != 0  # (n, k)
+        return row_pointers(filled.sum(1)), indices[filled], values[filled]
 
     def to_ragged(self) -> RaggedCodes:
         """The same codes without the empty slots."""
@@ -147,7 +150,8 @@ class RaggedCodes:
 
     def __getitem__(self, rows: RowIndex) -> RaggedCodes:
         chosen = np.arange(len(self))[_row_index(rows)]  # (m,)
-        indptr, entries = row_entries(self.indptr[chosen], np.diff(self.indptr)[chosen])
+        bounds = row_bounds(self.indptr)
+        indptr, entries = row_entries(bounds[chosen], np.diff(bounds)[chosen])
         return RaggedCodes(indptr, self.indices[entries], self.values[entries], self.d_sae)
 
     def __repr__(self) -> str:
@@ -157,11 +161,14 @@ class RaggedCodes:
         """Tensors ``(indptr int64, indices int64, values float32)``, for ``torch.sparse_csr_tensor``."""
         import torch
 
-        return torch.from_numpy(np.array(self.indptr)), *_to_torch(self.indices, self.values)
+        return torch.from_numpy(np.array(row_bounds(self.indptr))), *_to_torch(
+            feature_numbers(self.indices, self.d_sae), activations(self.values)
+        )
 
     def to_csr(self) -> CSR:
         """``(indptr, indices, values)``."""
-        return self.indptr, self.indices, self.values
+        indices, values = feature_numbers(self.indices, self.d_sae), activations(self.values)
+        return row_bounds(self.indptr), indices, values
 
     def to_dense(self) -> npt.NDArray[np.float32]:
         """Activations of all features, (n, d_sae), float32. Needs ``4 * n * d_sae`` bytes."""
@@ -227,8 +234,9 @@ def _row_index(rows: RowIndex) -> RowIndex:
     return index
 
 
-def _check_width(indices: npt.NDArray[np.uint32], d_sae: int) -> None:
-    if indices.size and int(indices.max()) >= d_sae:
+def _check_width(indices: Any, d_sae: int) -> None:
+    """Features of an array or a tensor, which stays on its device, are below ``d_sae``."""
+    if math.prod(indices.shape) and int(indices.max()) >= d_sae:
         raise ShapeError(f"indices: expected below d_sae = {d_sae}, found {int(indices.max())}")
 
 
@@ -256,5 +264,7 @@ def _decode(codes: CSR, d_sae: int, W_dec: Any, b_dec: Any) -> Any:
     if height != d_sae:
         raise ShapeError(f"W_dec: expected ({d_sae}, d_in) as the codes, found {height} rows")
     bias = None if b_dec is None else tensors.core_vector(b_dec, "b_dec", d_in)
-    x_hat = _core.decode(*codes, decoder, bias)  # (n, d_in)
+    indptr, indices, values = codes
+    rows = np.ascontiguousarray(indptr), np.ascontiguousarray(indices), np.ascontiguousarray(values)
+    x_hat = _core.decode(*rows, decoder, bias)  # (n, d_in)
     return tensors.to_tensor(x_hat, "float32") if tensors.is_tensor(W_dec) else x_hat

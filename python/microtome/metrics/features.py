@@ -15,6 +15,7 @@ from microtome import _core
 from microtome import progress as progress_bar
 from microtome.errors import DtypeError, ShapeError
 from microtome.metrics.codes import CodesByBlock, RaggedCodes, SparseCodes, row_pointers, runs
+from microtome.metrics.fields import activations, feature_numbers, row_bounds
 from microtome.metrics.rowtable import By, Grouping, RowTable, grouping
 
 __all__ = ["Codes", "FeatureStats", "feature_stats", "l0", "variance_gap"]
@@ -193,17 +194,8 @@ def core_codes(codes: Any, name: str = "codes") -> CoreCodes:
         DtypeError: indices that are not integers, or activations that are not floating point.
         ShapeError: no slots, or shapes that differ.
     """
-    indices, values = _host(codes.indices), _host(codes.values)
-    if indices.dtype.kind not in "iu":
-        raise DtypeError(f"{name}.indices: expected integers, found {indices.dtype}")
-    if indices.dtype.kind == "i" and indices.size and int(indices.min()) < 0:
-        raise ShapeError(
-            f"{name}.indices: expected features from 0 to {codes.d_sae - 1}, found {indices.min()}"
-        )
-    if values.dtype.kind != "f":
-        raise DtypeError(f"{name}.values: expected float32, found {values.dtype}")
-    flat = np.ascontiguousarray(indices, np.uint32).reshape(-1)
-    activations = np.ascontiguousarray(values, np.float32).reshape(-1)
+    indices = feature_numbers(codes.indices, codes.d_sae, f"{name}.indices")
+    values = activations(codes.values, f"{name}.values")
     indptr = getattr(codes, "indptr", None)
     if indptr is None and (indices.ndim != 2 or indices.shape != values.shape):
         raise ShapeError(
@@ -211,8 +203,8 @@ def core_codes(codes: Any, name: str = "codes") -> CoreCodes:
         )
     if indptr is None and indices.shape[1] == 0:
         raise ShapeError(f"{name}: expected at least one slot per row, found shape {indices.shape}")
-    pointers = indices.shape[1] if indptr is None else np.ascontiguousarray(_host(indptr), np.uint64)
-    return pointers, flat, activations, codes.d_sae
+    pointers = indices.shape[1] if indptr is None else _pointers(indptr, f"{name}.indptr")
+    return pointers, _flat(indices), _flat(values), codes.d_sae
 
 
 def n_rows(codes: Codes | Any, name: str = "codes") -> int:
@@ -287,9 +279,9 @@ def firing_stats(
     }
 
 
-def _host(values: Any) -> npt.NDArray[Any]:
-    if hasattr(values, "detach"):  # a torch tensor
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
-        return values.numpy()  # type: ignore[no-any-return]
-    return np.asarray(values)
+def _flat(field: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(field).reshape(-1)
+
+
+def _pointers(indptr: Any, name: str) -> npt.NDArray[np.uint64]:
+    return np.ascontiguousarray(row_bounds(indptr, name), np.uint64)
