@@ -12,7 +12,7 @@ use microtome_core::{Error, Result};
 use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::error::to_py;
+use crate::error::{shape_error, to_py};
 
 /// Wake-ups of the waiting thread: signals are answered and progress is reported this often.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -26,8 +26,18 @@ struct Pool {
 /// Locked only while the GIL is held, so no other thread can hold it at the moment of a fork.
 static POOL: Mutex<Option<Pool>> = Mutex::new(None);
 
-fn threads_from_environment() -> usize {
-    std::env::var("MICROTOME_NUM_THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(0)
+/// Environment variable with the number of threads; 0, as where it is not set, means one per core.
+const VARIABLE: &str = "MICROTOME_NUM_THREADS";
+/// Threads that the variable may ask for, at most.
+const MOST_THREADS: usize = 4096;
+
+fn threads_from_environment() -> PyResult<usize> {
+    let Some(told) = std::env::var_os(VARIABLE) else { return Ok(0) };
+    let told = told.to_string_lossy();
+    told.parse().ok().filter(|&threads| threads <= MOST_THREADS).ok_or_else(|| {
+        let expected = format!("a whole number from 0 to {MOST_THREADS}");
+        shape_error(VARIABLE, &expected, &format!("{told:?}"))
+    })
 }
 
 /// The pool of this process. Threads do not survive a fork: a child leaks its parent's pool and builds its own.
@@ -42,7 +52,7 @@ fn pool(_py: Python<'_>, threads: Option<usize>) -> PyResult<Arc<ThreadPool>> {
             std::mem::forget(slot.take());
         }
     }
-    let threads = threads.unwrap_or_else(threads_from_environment);
+    let threads = threads.map_or_else(threads_from_environment, Ok)?;
     let pool = ThreadPoolBuilder::new()
         .num_threads(threads)
         .thread_name(|i| format!("microtome-{i}"))

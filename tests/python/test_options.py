@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -125,3 +129,21 @@ def test_numbers_of_numpy_are_welcome():
     assert flag(np.False_, "debiased") is False
     assert parse_bytes(np.int32(5)) == 5
     assert len(top_n(X, np.int16(4))) == 4
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "1e3", "", "2.5", "100000"])
+def test_a_bad_number_of_threads_in_the_environment_is_refused_at_first_use(value):
+    code = """
+import microtome as mt
+try:
+    mt.num_threads()
+except mt.errors.ShapeError as error:
+    print(error)
+"""
+    env = os.environ | {"MICROTOME_NUM_THREADS": value}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert out.stdout.strip() == (
+        f'MICROTOME_NUM_THREADS: expected a whole number from 0 to 4096, found "{value}"'
+    )
