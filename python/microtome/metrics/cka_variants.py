@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from microtome import _core, tensors
 from microtome.budget import LARGEST_SEED, MOST_RESAMPLES, flag, required_bytes, whole
 from microtome.errors import ShapeError
 from microtome.metrics.cka import MEMORY_BUDGET, Float64, named, rows_of
+from microtome.metrics.rowtable import column, label_groups
 from microtome.metrics.undefined import warn_undefined
 from microtome.progress import bar
 
@@ -131,8 +133,8 @@ def cka_interval(
         level: probability that the interval aims to cover.
         n_resamples: halves to draw, 2 to a million.
         seed: of the draws; the same seed gives the same interval.
-        groups: (n,) whole numbers: rows of one group (tokens of one image, say) depend on each other and are drawn
-            together. At least 8 groups.
+        groups: (n,) integers, strings or booleans: rows of one group (tokens of one image, say) depend on each other
+            and are drawn together. At least 8 groups.
         memory_budget: as in :func:`~microtome.linear_cka`; two n x n matrices of float64 must fit.
 
     Returns:
@@ -142,6 +144,7 @@ def cka_interval(
     Raises:
         ShapeError: fewer than 8 rows or groups, fewer than 2 halves, a level outside (0, 1), or as
             :func:`~microtome.linear_cka`.
+        DtypeError: groups of another type.
         MemoryError: the matrices exceed the budget.
 
     Example:
@@ -155,9 +158,7 @@ def cka_interval(
     draws = whole(n_resamples, "n_resamples", 2, MOST_RESAMPLES), whole(seed, "seed", most=LARGEST_SEED)
     budget = required_bytes(memory_budget)
     pair = ("x", tensors.core_source(x, "x")), ("y", tensors.core_source(y, "y"))
-    codes = (
-        None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.uint32)
-    )
+    codes = None if groups is None else _numbered(groups)
     estimate, halves, factor = _core.cka_halves(*pair, *draws, codes, budget)
     if np.isnan(halves).any():
         warn_undefined("cka_interval", "a half of the rows has no positive HSIC", ["the interval"])
@@ -165,3 +166,10 @@ def cka_interval(
     deviations = (halves - halves.mean()) * factor
     low, high = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2])
     return CkaInterval(estimate, float(estimate + low), float(estimate + high), float(deviations.std()))
+
+
+def _numbered(groups: Any) -> npt.NDArray[np.uint32]:
+    labels = column("groups", groups)
+    if labels.null_count():
+        raise ShapeError(f"groups: expected a group in every row, found {labels.null_count()} null")
+    return label_groups(labels, "groups").of_rows

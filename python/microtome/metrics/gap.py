@@ -12,7 +12,7 @@ import polars as pl
 from microtome import _core
 from microtome import progress as progress_bar
 from microtome.budget import LARGEST_SEED, MOST_RESAMPLES, flag, whole
-from microtome.errors import ShapeError
+from microtome.errors import DtypeError, ShapeError
 from microtome.metrics.codes import row_pointers, runs
 from microtome.metrics.features import Codes, CoreCodes, code_blocks, core_codes, feature_stats, n_rows
 from microtome.metrics.rowtable import RowTable, columns
@@ -162,6 +162,8 @@ def _features(codes: Codes, first: int, stop: int) -> CoreCodes:
 
 def _numbered(names: list[pl.Series], shared: bool) -> list[tuple[npt.NDArray[np.uint32], int]]:
     """Clusters as numbers from 0, and how many there are: over both sets where shared, else in each."""
+    if pl.Object in (names[0].dtype, names[1].dtype):
+        raise DtypeError("cluster: expected numbers or strings, found Object")
     if shared and names[0].dtype != names[1].dtype:
         raise ShapeError(f"base_rows: expected clusters of {names[0].dtype}, found {names[1].dtype}")
     both = pl.concat(names).rank("dense") if shared else None

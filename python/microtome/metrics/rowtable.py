@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,9 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.errors import DtypeError, ShapeError
+from microtome.errors import DtypeError, Error, ShapeError
 
-__all__ = ["By", "Grouping", "RowTable", "columns", "grouping", "sample_numbers"]
+__all__ = [
+    "By",
+    "Grouping",
+    "RowTable",
+    "column",
+    "columns",
+    "grouping",
+    "label_groups",
+    "sample_numbers",
+]
 
 RowTable: TypeAlias = pl.LazyFrame | pl.DataFrame | Mapping[str, Any] | Any
 """A polars frame, a mapping of columns, or what has such a table as ``.rows``: activations of a store."""
@@ -40,21 +50,19 @@ def columns(rows: RowTable, wanted: list[pl.Expr], n: int, name: str = "rows") -
 
     Raises:
         ShapeError: a column is missing, or the table has another number of rows.
+        DtypeError: what polars cannot compute.
     """
     if not isinstance(rows, pl.LazyFrame | pl.DataFrame | Mapping):
         rows = getattr(rows, "rows", None)
     if isinstance(rows, Mapping):
-        rows = pl.DataFrame({key: _series(key, column) for key, column in rows.items()})
+        with _refusals(name):
+            rows = pl.DataFrame({key: column(key, values) for key, values in rows.items()})
     if not isinstance(rows, pl.LazyFrame | pl.DataFrame):
         raise DtypeError(
             f"{name}: expected a polars frame or a mapping of columns, found {type(rows).__name__}"
         )
-    try:
+    with _refusals(name):
         table = _roots(rows.lazy(), wanted).collect().select(wanted)
-    except pl.exceptions.ColumnNotFoundError as error:
-        present = ", ".join(rows.lazy().collect_schema().names())
-        missing = str(error).splitlines()[0]
-        raise ShapeError(f"{name}: expected column {missing}, found {present}") from error
     if table.height != n:
         raise ShapeError(f"{name}: expected {n} rows, one for each row of the codes, found {table.height}")
     return table
@@ -87,11 +95,20 @@ def grouping(by: By, rows: RowTable, n: int) -> Grouping | None:
             raise ShapeError(f"rows: expected a row table for the expression {by}, found None. Pass rows=")
         labels = columns(rows, [by.alias("group")], n).to_series()
     else:
-        labels = _series("group", by)
-    if labels.dtype.is_float() or labels.dtype.is_nested():
-        raise DtypeError(f"by: expected integer, string or boolean labels, found {labels.dtype}")
+        labels = column("by", by)
     if len(labels) != n:
         raise ShapeError(f"by: expected {n} labels, one for each row of the codes, found {len(labels)}")
+    return label_groups(labels, "by")
+
+
+def label_groups(labels: pl.Series, name: str) -> Grouping:
+    """Rows by their labels.
+
+    Raises:
+        DtypeError: labels that do not stand for groups.
+    """
+    if labels.dtype.is_float() or labels.dtype.is_nested() or labels.dtype == pl.Object:
+        raise DtypeError(f"{name}: expected integer, string or boolean labels, found {labels.dtype}")
     keys, numbers = _dense(labels)
     return Grouping(keys.to_list(), numbers.astype(np.uint32))
 
@@ -118,7 +135,8 @@ def _within(numbers: pl.Series, dtype: type[np.unsignedinteger[Any]]) -> bool:
 
 def _dense(labels: pl.Series) -> tuple[pl.Series, npt.NDArray[np.int64]]:
     """Distinct labels in rising order (null first), and the place of each label among them."""
-    keys = labels.unique().sort()
+    with _refusals(labels.name):
+        keys = labels.unique().sort()
     places = pl.DataFrame({"key": keys, "place": pl.Series(range(len(keys)), dtype=pl.Int64)})
     found = pl.DataFrame({"key": labels}).join(
         places, on="key", how="left", nulls_equal=True, maintain_order="left"
@@ -126,10 +144,38 @@ def _dense(labels: pl.Series) -> tuple[pl.Series, npt.NDArray[np.int64]]:
     return keys, found["place"].to_numpy()
 
 
-def _series(name: str, values: Any) -> pl.Series:
+def column(name: str, values: Any) -> pl.Series:
+    """One entry per row, as a polars series.
+
+    Raises:
+        ShapeError: not one-dimensional.
+        DtypeError: entries of several types.
+    """
     if isinstance(values, pl.Series):
         return values
     array = np.asarray(values)
     if array.ndim != 1:
         raise ShapeError(f"{name}: expected one entry per row, found shape {array.shape}")
-    return pl.Series(name, array.tolist() if array.dtype.kind in "OU" else array)
+    with _refusals(name):
+        return pl.Series(name, array.tolist() if array.dtype.kind in "OU" else array)
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """What polars refuses, in one line that names the argument."""
+    try:
+        yield
+    except Error:
+        raise
+    except pl.exceptions.DuplicateError as error:
+        raise ShapeError(f"{name}: expected expressions of one column each, found several columns") from error
+    except pl.exceptions.ColumnNotFoundError as error:
+        raise ShapeError(f"{name}: expected a column of the table, found {_first_line(error)}") from error
+    except pl.exceptions.ShapeError as error:
+        raise ShapeError(f"{name}: expected columns of one length, found {_first_line(error)}") from error
+    except (pl.exceptions.PolarsError, TypeError) as error:
+        raise DtypeError(f"{name}: expected values that polars takes, found {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
