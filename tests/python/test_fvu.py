@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import microtome as mt
-from microtome.errors import DtypeError, NonFiniteError, ShapeError
-from microtome.metrics import SparseCodes
+from microtome import _core
+from microtome.errors import DtypeError, NonFiniteError, ShapeError, UndefinedWarning
+from microtome.metrics import SparseCodes, features
 
 F32 = np.float32
 
@@ -75,10 +76,34 @@ def test_bfloat16_tensors_are_widened_not_rounded():
 @pytest.mark.parametrize("value", [0.1, 1e6, 0.0])
 def test_rows_without_variance_give_nan_and_say_so(value):
     x = np.full((777, 3), value, F32)
-    with pytest.warns(UserWarning, match="does not vary"):
+    with pytest.warns(UndefinedWarning, match="for x: it does not vary"):
         assert math.isnan(mt.fvu(x, x + 1))
-    with pytest.warns(UserWarning, match="does not vary"):
+    with pytest.warns(UndefinedWarning, match="for x: it does not vary"):
         assert math.isnan(mt.fvu(x[:1], x[:1]))
+
+
+def test_an_undefined_fraction_is_said_where_it_was_asked_for():
+    with pytest.warns(UndefinedWarning) as caught:
+        mt.fvu(np.ones((5, 3), F32), np.ones((5, 3), F32))
+    assert caught[0].filename == __file__
+
+
+class InBlocks(SparseCodes):
+    """Codes in memory that are read block by block, as those of a store."""
+
+    def blocks(self):
+        raise NotImplementedError
+
+
+def test_a_refused_row_of_stored_codes_is_counted_from_a_row_that_is_said(monkeypatch):
+    monkeypatch.setattr(features, "STORED_BLOCK_ROWS", 1)
+    n = 2 * _core.FVU_BLOCK_ROWS
+    some = sparse(np.random.default_rng(0), n)
+    x = np.random.default_rng(0).standard_normal((n, 9), dtype=F32)
+    x[_core.FVU_BLOCK_ROWS + 3, 2] = np.nan
+    message = f"NaN at row 3, column 2, counted from row {_core.FVU_BLOCK_ROWS}"
+    with pytest.raises(NonFiniteError, match=message):
+        mt.fvu(x, InBlocks(some.indices, some.values, 20), W_dec=W)
 
 
 X = np.random.default_rng(0).standard_normal((50, 9), dtype=F32)

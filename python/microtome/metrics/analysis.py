@@ -12,8 +12,8 @@ import numpy as np
 from microtome import _core, tensors
 from microtome import progress as progress_bar
 from microtome.budget import whole
-from microtome.errors import DtypeError, NonFiniteError, ShapeError
-from microtome.metrics.features import Codes, FeatureStats, core_codes, firing_stats, part
+from microtome.errors import DtypeError, ShapeError
+from microtome.metrics.features import Codes, FeatureStats, core_codes, counted_from, firing_stats, part
 from microtome.metrics.reconstruction import Decoder, finished_fvu
 from microtome.metrics.rowtable import By, RowTable, grouping
 from microtome.metrics.samples import RowLabels, row_labels, top_table
@@ -105,7 +105,8 @@ def analyse(
             span = slice(start, min(n, start + _BLOCK_ROWS))
             block = tensors.source_rows(x, span)
             _announce(x, span.stop, min(n, span.stop + _BLOCK_ROWS))
-            codes = _encoded(encode, block, start)
+            with counted_from(start):
+                codes = encode(block)
             core = core_codes(codes)
             firing.update(core, part(groups, span))
             if best and labels:
@@ -119,16 +120,6 @@ def analyse(
         fvu=finished_fvu(variance) if variance else math.nan,
         n_rows=n,
     )
-
-
-def _encoded(encode: Encode, block: Any, start: int) -> Codes:
-    """Codes of a block; what is refused in it is counted from its first row, ``start``."""
-    try:
-        return encode(block)
-    except NonFiniteError as error:
-        if start == 0:
-            raise
-        raise NonFiniteError(f"{error}, counted from row {start}") from None
 
 
 def _announce(x: Any, start: int, stop: int) -> None:

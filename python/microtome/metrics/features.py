@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 
@@ -13,7 +14,7 @@ import polars as pl
 
 from microtome import _core
 from microtome import progress as progress_bar
-from microtome.errors import DtypeError, ShapeError
+from microtome.errors import DtypeError, NonFiniteError, ShapeError
 from microtome.metrics.codes import CodesByBlock, RaggedCodes, SparseCodes, row_pointers, runs
 from microtome.metrics.fields import activations, feature_numbers, row_bounds
 from microtome.metrics.rowtable import By, Grouping, RowTable, grouping
@@ -258,6 +259,17 @@ def _on_grid(rows: int) -> int:
 def offset(done: Callable[[int], None], first: int) -> Callable[[int], None]:
     """Reports progress within a block that begins at row ``first``."""
     return lambda rows: done(first + rows)
+
+
+@contextmanager
+def counted_from(first: int) -> Iterator[None]:
+    """Says of what is refused within a block that its rows are counted from row ``first``, where the block begins."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if first == 0:
+            raise
+        raise NonFiniteError(f"{error}, counted from row {first}") from None
 
 
 def part(groups: Grouping | None, span: slice) -> npt.NDArray[np.uint32] | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from microtome import _core, tensors
 from microtome import progress as progress_bar
 from microtome.errors import ShapeError
-from microtome.metrics.features import code_blocks, n_rows, offset
+from microtome.metrics.features import code_blocks, counted_from, n_rows, offset
+from microtome.metrics.undefined import warn_undefined
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ def fvu(x: Any, x_hat: Any, *, W_dec: Any = None, b_dec: Any = None, progress: b
         progress: show a bar on a terminal.
 
     Returns:
-        The fraction; NaN, with a warning, where ``x`` does not vary.
+        The fraction; NaN, with an :class:`~microtome.errors.UndefinedWarning`, where ``x`` does not vary.
 
     Raises:
         ShapeError: no rows, or shapes that do not fit each other.
@@ -62,7 +62,8 @@ def fvu(x: Any, x_hat: Any, *, W_dec: Any = None, b_dec: Any = None, progress: b
                 # Of a store only what is decoded is read, a block at a time.
                 some = x.take(span) if hasattr(x, "_selection") else x[span]
                 source = tensors.core_source(some if stored else x, "x")
-                state.update_codes(source, block, decoder.W_dec, decoder.b_dec, offset(done, span.start))
+                with counted_from(span.start):
+                    state.update_codes(source, block, decoder.W_dec, decoder.b_dec, offset(done, span.start))
         else:
             state.update(tensors.core_source(x, "x"), tensors.core_source(x_hat, "x_hat"), done)
     return finished_fvu(state)
@@ -84,11 +85,10 @@ class Decoder:
         return cls(tensors.core_matrix(W_dec, "W_dec"), bias)
 
 
-def finished_fvu(state: _core.FvuState, stacklevel: int = 3) -> float:
+def finished_fvu(state: _core.FvuState, stacklevel: int = 4) -> float:
     """The fraction that a finished state holds; NaN, with a warning, where x does not vary."""
     error, variance = state.finish()
     if variance == 0:
-        message = "fvu: x does not vary, so the fraction is undefined: NaN"
-        warnings.warn(message, stacklevel=stacklevel)
+        warn_undefined("fvu", "it does not vary", ["x"], stacklevel)
         return math.nan
     return error / variance
