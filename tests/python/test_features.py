@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import math
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -488,7 +491,11 @@ REFUSALS = {
         ShapeError,
         "position",
     ),
-    "n of zero": (lambda: mt.top_samples(GOOD, ROWS, n=0), ShapeError, "n: expected a whole number of at least 1"),
+    "n of zero": (
+        lambda: mt.top_samples(GOOD, ROWS, n=0),
+        ShapeError,
+        "n: expected a whole number of at least 1",
+    ),
     "feature beyond": (lambda: mt.top_samples(GOOD, ROWS, features=[37]), ShapeError, "features"),
     "feature twice": (lambda: mt.top_samples(GOOD, ROWS, features=[3, 3]), ShapeError, "features"),
     "not a row table": (lambda: mt.top_samples(GOOD, 3), DtypeError, "rows"),
@@ -531,3 +538,53 @@ def test_row_pointers_that_fall_are_refused_whatever_their_type():
     for dtype in (np.int64, np.uint64):
         with pytest.raises(ShapeError, match="indptr"):
             metrics.RaggedCodes(np.array([0, 2, 1, 3], dtype), np.zeros(3, np.uint32), np.ones(3, F32), 4)
+
+
+BOUNDS = {
+    "none": (np.zeros(0, np.int64), r"indptr: expected (n + 1,) numbers, found shape (0,)"),
+    "matrix": (np.zeros((2, 2), np.int64), r"indptr: expected (n + 1,) numbers, found shape (2, 2)"),
+    "late": (np.arange(1, 4), "indptr: expected to rise from 0 to 3, found 1 to 3"),
+    "short": (np.arange(3), "indptr: expected to rise from 0 to 3, found 0 to 2"),
+    "falls": (np.array([0, 2, 1, 3]), "indptr: expected to rise from 0 to 3, found 2 and then 1 at row 1"),
+    "long": (np.zeros(5000, np.int64), "indptr: expected to rise from 0 to 3, found 0 to 0"),
+    "floats": (np.array([0.0, 1.5, 3.0]), "indptr: expected integers, found float64"),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+def test_bad_row_pointers_are_refused_in_one_line(case):
+    indptr, message = BOUNDS[case]
+    with pytest.raises((ShapeError, DtypeError)) as caught:
+        metrics.RaggedCodes(indptr, np.zeros(3, np.uint32), np.ones(3, F32), 4)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "rows", [np.zeros((300, 2), int), np.full(500, 0.5), 3], ids=["matrix", "floats", "row"]
+)
+def test_what_selects_no_rows_is_refused_in_one_line(rows):
+    found = np.asarray(rows)
+    for codes in (GOOD, GOOD.to_ragged()):
+        with pytest.raises(ShapeError) as caught:
+            codes[rows]
+        assert str(caught.value).endswith(f"row numbers or a mask, found {found.dtype} {found.shape}")
+
+
+@pytest.mark.parametrize("none", [[], np.zeros(0, np.int64), ()])
+def test_top_samples_of_no_features_are_an_empty_table(none):
+    of_one, of_none = (mt.top_samples(GOOD, ROWS, features=wanted) for wanted in ([3], none))
+    assert of_none.height == 0
+    assert of_none.schema == of_one.schema
+
+
+ROOM = Path(metrics.__file__).parent
+EXAMPLES = [path.stem for path in sorted(ROOM.glob("*.py")) if ">>> " in path.read_text()]
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_in_docstrings_say_what_is_printed(module):
+    found = doctest.testmod(
+        import_module(f"microtome.metrics.{module}"), optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert found.attempted
+    assert found.failed == 0

@@ -196,7 +196,7 @@ def normalised_iou(iou: float, expected: float) -> float:
     """nIoU: how far ``iou`` lies above chance, as a share of the most it could; never clamped.
 
     Example:
-        >>> normalised_iou(0.55, 0.1)
+        >>> normalised_iou(0.75, 0.5)
         0.5
     """
     return (iou - expected) / (1 - expected) if expected < 1 else math.nan

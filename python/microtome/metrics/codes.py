@@ -41,7 +41,8 @@ RowIndex: TypeAlias = slice | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool
 class SparseCodes:
     """Top-K codes: ``k`` slots per row, largest value first, equal values by lower feature index.
 
-    A slot that no positive pre-activation fills holds value 0 (and index 0).
+    A slot that no positive pre-activation fills holds value 0 (and index 0). The features of a row's filled slots are
+    distinct: which of two values would count is not defined.
 
     Example:
         >>> codes = SparseCodes(np.array([[3, 1]], np.uint32), np.array([[2.0, 0.5]], np.float32), d_sae=4)
@@ -115,6 +116,8 @@ class SparseCodes:
 class RaggedCodes:
     """Codes with as many entries per row as fired, largest value first, equal values by lower feature index.
 
+    The features of a row are distinct, as in :class:`SparseCodes`.
+
     Example:
         >>> indices, values = np.array([3, 1], np.uint32), np.array([2.0, 0.5], np.float32)
         >>> codes = RaggedCodes(np.array([0, 2, 2]), indices, values, d_sae=4)
@@ -136,13 +139,7 @@ class RaggedCodes:
             raise ShapeError(
                 f"indices: expected one per value {self.values.shape}, found shape {self.indices.shape}"
             )
-        if (
-            self.indptr.ndim != 1
-            or self.indptr[0] != 0
-            or self.indptr[-1] != len(self.indices)
-            or (self.indptr[1:] < self.indptr[:-1]).any()
-        ):
-            raise ShapeError(f"indptr: expected to rise from 0 to {len(self.indices)}, found {self.indptr}")
+        _check_bounds(row_bounds(self.indptr), len(self.indices))
         _check_width(self.indices, self.d_sae)
 
     def __len__(self) -> int:
@@ -230,8 +227,20 @@ def _row_index(rows: RowIndex) -> RowIndex:
         return rows
     index: npt.NDArray[Any] = np.asarray(rows)
     if index.ndim != 1 or index.dtype.kind not in "iub":
-        raise ShapeError(f"rows: expected a slice, row numbers or a mask, found {rows!r}")
+        raise ShapeError(f"rows: expected a slice, row numbers or a mask, found {index.dtype} {index.shape}")
     return index
+
+
+def _check_bounds(indptr: npt.NDArray[np.int64], n_entries: int) -> None:
+    if indptr.ndim != 1 or not len(indptr):
+        raise ShapeError(f"indptr: expected (n + 1,) numbers, found shape {indptr.shape}")
+    expected = f"indptr: expected to rise from 0 to {n_entries}"
+    if indptr[0] != 0 or indptr[-1] != n_entries:
+        raise ShapeError(f"{expected}, found {indptr[0]} to {indptr[-1]}")
+    falls = np.flatnonzero(indptr[1:] < indptr[:-1])
+    if len(falls):
+        row = int(falls[0])
+        raise ShapeError(f"{expected}, found {indptr[row]} and then {indptr[row + 1]} at row {row}")
 
 
 def _check_width(indices: Any, d_sae: int) -> None:

@@ -132,7 +132,7 @@ def top_samples(
         codes: sparse codes of n_rows rows.
         rows: row table with columns ``sample`` and ``position``.
         n: samples per feature.
-        features: the features wanted, (m,); all where None.
+        features: the features wanted, (m,); all where None, none where empty.
         per_sample: a sample appears once, at its strongest token; otherwise every token stands for itself.
         by: groups the rows as in :func:`feature_stats`; the table then begins with a column ``group``.
         progress: show a bar on a terminal.
@@ -221,9 +221,11 @@ def _positions(positions: pl.Series) -> npt.NDArray[np.uint32]:
 
 def _features(features: npt.ArrayLike, d_sae: int) -> npt.NDArray[np.uint32]:
     wanted: npt.NDArray[Any] = np.asarray(features)
+    if wanted.shape == (0,):
+        return wanted.astype(np.uint32)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
         raise ShapeError(f"features: expected a list of integers, found {wanted.dtype} {wanted.shape}")
-    low, high = (int(wanted.min()), int(wanted.max())) if wanted.size else (0, 0)
-    if wanted.size and (low < 0 or high >= d_sae):
+    low, high = int(wanted.min()), int(wanted.max())
+    if low < 0 or high >= d_sae:
         raise ShapeError(f"features: expected 0 to {d_sae - 1}, found {low} to {high}")
     return np.ascontiguousarray(wanted, np.uint32)
