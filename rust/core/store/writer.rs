@@ -12,6 +12,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::store::finite::refuse_nonfinite;
 use crate::store::fs::{Fs, Lock, durable_rename, failpoint, io_error, retry, write_all_at};
+use crate::store::leftovers::{IN_FLIGHT, is_leftover, refuse_foreign, refuse_unnamed_steps};
 use crate::store::manifest::{MANIFEST, Manifest, SAMPLES, SealedFile, Step, Table, step_name};
 use crate::store::open_shard::OpenShard;
 use crate::store::same_run::same_run;
@@ -20,8 +21,6 @@ use crate::store::same_run::same_run;
 pub const LOCK: &str = "LOCK";
 /// Folder of the stores of sparse codes that belong to a store.
 pub const CODES: &str = "codes";
-/// What marks a file or folder in flight; the writer's process number follows.
-const IN_FLIGHT: &str = ".tmp-";
 
 /// What to do with NaN and infinity in activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,15 +52,13 @@ impl Writer {
     ///
     /// # Errors
     /// [`Error::Locked`] while another writer holds it; [`Error::Store`] when the store at `root` has other facts or
-    /// hooks, naming both sides, or when `root` holds something else.
+    /// hooks, naming both sides, or when `root` holds something else or a step that its manifest should name.
     pub fn open(fs: Arc<dyn Fs>, root: &Path, wanted: Manifest, nonfinite: Nonfinite) -> Result<Self> {
         wanted.validate(root)?;
         create_folder(&*fs, root)?;
         let names = retry(|| fs.list(root)).map_err(io_error("list", root))?;
-        let exists = names.iter().any(|n| n == MANIFEST);
-        if let Some(foreign) = names.iter().find(|n| !exists && !is_ours(n)) {
-            let reason = format!("not a store: expected an empty folder, found {foreign:?}");
-            return Err(Error::Store { path: root.into(), reason });
+        if !has_manifest(&names) {
+            refuse_foreign(&names, root)?;
         }
         let lock_path = root.join(LOCK);
         let lock = match retry(|| fs.lock(&lock_path)).map_err(io_error("lock", &lock_path))? {
@@ -78,13 +75,16 @@ impl Writer {
     /// Takes over what is committed and removes what is not. The lock is held, so the listing is final.
     fn resume(&mut self) -> Result<()> {
         let names = retry(|| self.fs.list(&self.root)).map_err(io_error("list", &self.root))?;
-        let exists = names.iter().any(|n| n == MANIFEST);
+        let exists = has_manifest(&names);
         if exists {
             let found = Manifest::read(&*self.fs, &self.root)?;
             same_run(&found, &self.manifest, &self.root)?;
+            refuse_unnamed_steps(&names, found.steps.len(), &self.root)?;
             self.manifest = found;
+        } else {
+            refuse_foreign(&names, &self.root)?;
         }
-        for name in names.iter().filter(|n| is_garbage(n, self.manifest.steps.len())) {
+        for name in names.iter().filter(|n| is_leftover(n, self.manifest.steps.len())) {
             let path = self.root.join(name);
             retry(|| self.fs.remove(&path)).map_err(io_error("remove", &path))?;
         }
@@ -356,18 +356,6 @@ fn create_folder(fs: &dyn Fs, path: &Path) -> Result<()> {
     }
 }
 
-fn is_step(name: &str) -> bool {
-    name.len() >= 6 && name.bytes().all(|b| b.is_ascii_digit())
-}
-
-/// Whether a name in a store without a manifest can come from a writer that was stopped.
-fn is_ours(name: &str) -> bool {
-    name == LOCK || name == CODES || is_garbage(name, 0)
-}
-
-fn is_garbage(name: &str, steps: usize) -> bool {
-    match name.split_once(IN_FLIGHT) {
-        Some((stem, pid)) => (is_step(stem) || stem == MANIFEST) && pid.bytes().all(|b| b.is_ascii_digit()),
-        None => is_step(name) && name.parse().is_ok_and(|step: usize| step >= steps),
-    }
+fn has_manifest(names: &[String]) -> bool {
+    names.iter().any(|name| name == MANIFEST)
 }
