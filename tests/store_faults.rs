@@ -216,7 +216,7 @@ fn unknown_versions_are_refused_and_safe_additions_read() {
         Err(Error::Version { found, supported, .. }) if found == "format 2.0" && supported == "1.x"
     ));
     parse_edited(|t| t.replace(r#""minor":0"#, r#""minor":1"#)).unwrap();
-    let places = ["\"facts\"", "\"space\":", "\"rows\":", "\"bytes\":"];
+    let places = ["\"facts\"", "\"space\":", "\"dtype\":", "\"rows\":", "\"bytes\":"];
     for place in places {
         let strict = parse_edited(|t| t.replacen(place, &format!("\"later\": 1, {place}"), 1));
         assert!(matches!(&strict, Err(Error::Version { .. })), "{place}: {strict:?}");
@@ -228,6 +228,26 @@ fn unknown_versions_are_refused_and_safe_additions_read() {
     {
         let broken = parse_edited(|t| t.replace(r#"{"major":1,"minor":0}"#, format));
         assert!(matches!(broken, Err(Error::Manifest { .. })), "{format}");
+    }
+}
+
+#[test]
+fn a_key_that_is_there_twice_is_refused() {
+    let later = r#""later": {"must_understand": false}"#;
+    let mut twice: Vec<(String, String)> =
+        ["\"facts\"", "\"space\":", "\"dtype\":", "\"rows\":", "\"bytes\":"]
+            .iter()
+            .map(|place| ((*place).to_owned(), format!("{later}, {later}, {place}")))
+            .collect();
+    twice.push((r#""tokens":4"#.to_owned(), r#""tokens":3,"tokens":4"#.to_owned()));
+    twice.push((r#""minor":0"#.to_owned(), r#""minor":1,"minor":0"#.to_owned()));
+    twice.push((r#""width":5"#.to_owned(), r#""width":6,"width":5"#.to_owned()));
+    for (place, text) in twice {
+        let outcome = parse_edited(|t| t.replacen(&place, &text, 1));
+        assert!(
+            matches!(&outcome, Err(Error::Manifest { reason, .. }) if reason.contains("duplicate")),
+            "{place}: {outcome:?}"
+        );
     }
 }
 

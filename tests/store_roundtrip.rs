@@ -31,7 +31,12 @@ fn columns() -> impl Strategy<Value = Vec<Column>> {
         let mut list: Vec<_> = list.into_iter().enumerate().collect();
         // Wide elements first, as the format wants it.
         list.sort_by_key(|(_, (scalar, _))| std::cmp::Reverse(scalar.size()));
-        list.iter().map(|(i, (s, w))| Column { name: format!("c{i}"), dtype: *s, width: *w }).collect()
+        list.iter()
+            .map(|(i, (s, w))| {
+                let name = format!("c{i}");
+                w.map_or_else(|| Column::vector(&name, *s), |w| Column::matrix(&name, *s, w))
+            })
+            .collect()
     })
 }
 

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::store::keys::{Unknown, unique};
 
 /// Bytes of a header with its length word: one page, so that data starts on a page.
 pub const HEADER: usize = 4096;
@@ -90,17 +91,19 @@ pub struct Column {
     /// Elements per row; `None` for a vector.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub width: Option<u64>,
+    #[serde(flatten, deserialize_with = "unique")]
+    pub(super) unknown: Unknown,
 }
 
 impl Column {
     /// A matrix column `(n, width)`.
     pub fn matrix(name: &str, dtype: Scalar, width: u64) -> Self {
-        Self { name: name.to_owned(), dtype, width: Some(width) }
+        Self { name: name.to_owned(), dtype, width: Some(width), unknown: Unknown::new() }
     }
 
     /// A vector column `(n,)`.
     pub fn vector(name: &str, dtype: Scalar) -> Self {
-        Self { name: name.to_owned(), dtype, width: None }
+        Self { name: name.to_owned(), dtype, width: None, unknown: Unknown::new() }
     }
 
     /// Bytes per row, unless they overflow.

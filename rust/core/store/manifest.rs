@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::store::format::{Column, file_name, unsafe_kind};
 use crate::store::fs::{Fs, Input, io_error, read_full_at, retry};
+use crate::store::keys::{Unknown, unique};
 
 /// File name of the manifest.
 pub const MANIFEST: &str = "manifest.json";
@@ -38,9 +39,6 @@ pub struct Format {
     pub minor: u32,
 }
 
-/// Keys of a later minor version. Each must say `"must_understand": false`, or the store is refused.
-type Unknown = BTreeMap<String, Value>;
-
 /// A hook, or the row table of a space: the columns of one shard per step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Table {
@@ -51,7 +49,7 @@ pub struct Table {
     pub space: Option<String>,
     /// Tensors of the shard, in file order.
     pub columns: Vec<Column>,
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "unique")]
     unknown: Unknown,
 }
 
@@ -91,7 +89,7 @@ pub struct SealedFile {
     pub bytes: u64,
     /// CRC32C, as 8 hex digits. Of a shard: of its header followed by its tensor of block checksums. Else of the file.
     pub crc32c: String,
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "unique")]
     unknown: Unknown,
 }
 
@@ -108,10 +106,11 @@ pub struct Step {
     /// Folder name: the step's number in six digits or more.
     pub name: String,
     /// Rows per row space.
+    #[serde(deserialize_with = "unique")]
     pub rows: BTreeMap<String, u64>,
     /// Files in the order of [`Manifest::tables`], then the table of samples.
     pub files: Vec<SealedFile>,
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "unique")]
     unknown: Unknown,
 }
 
@@ -146,20 +145,22 @@ pub struct Manifest {
 
 #[derive(Deserialize)]
 struct Text {
-    format: Value,
+    #[serde(deserialize_with = "unique")]
+    format: Unknown,
     facts: Value,
     hooks: Vec<Table>,
     spaces: Vec<Table>,
     steps: Vec<Step>,
     #[allow(dead_code, reason = "checked on the bytes, before parsing")]
     crc32c: String,
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "unique")]
     unknown: Unknown,
 }
 
 #[derive(Deserialize)]
 struct VersionOnly {
-    format: Value,
+    #[serde(deserialize_with = "unique")]
+    format: Unknown,
 }
 
 impl Manifest {
@@ -213,7 +214,8 @@ impl Manifest {
         let value: VersionOnly = parse(bytes, path)?;
         supported(&value.format, path)?;
         let text: Text = parse(bytes, path)?;
-        let format = serde_json::from_value(text.format).map_err(|e| broken(path, &e.to_string()))?;
+        let format = serde_json::from_value(Value::Object(text.format.into_iter().collect()))
+            .map_err(|e| broken(path, &e.to_string()))?;
         let manifest = Self {
             format,
             facts: text.facts,
@@ -285,7 +287,7 @@ fn checksum_of(bytes: &[u8], path: &Path) -> Result<u32> {
     }
 }
 
-fn supported(format: &Value, path: &Path) -> Result<()> {
+fn supported(format: &Unknown, path: &Path) -> Result<()> {
     let number = |key: &str| format.get(key).and_then(Value::as_u64);
     match (number("major"), number("minor")) {
         (Some(major), Some(_)) if major == u64::from(FORMAT.major) => Ok(()),

@@ -5,6 +5,7 @@ pub mod faulty;
 mod finite;
 pub mod format;
 pub mod fs;
+mod keys;
 mod leftovers;
 pub mod manifest;
 pub mod map;

@@ -250,7 +250,7 @@ impl Selection {
     /// # Errors
     /// [`Error::Dtype`] for a column that holds none.
     pub fn activations(&self) -> Result<Activations<'_>> {
-        let Column { name, dtype, width } = self.column();
+        let Column { name, dtype, width, .. } = self.column();
         match (dtype.dtype(), width) {
             (Some(dtype), Some(d)) => Ok(Activations { selection: self, dtype, d: *d as usize }),
             _ => Err(Error::Dtype {

@@ -5,17 +5,19 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{FORMAT, MANY_ROWS, Manifest, SAMPLES, Step, Table, Unknown, broken, step_name};
+use super::{FORMAT, MANY_ROWS, Manifest, SAMPLES, Step, Table, broken, step_name};
 use crate::error::{Error, Result};
 use crate::store::format::{CHECKS, Column, HEADER, PADDING, Shard};
+use crate::store::keys::Unknown;
 
 impl Manifest {
     /// Refuses keys of a later version that must be understood.
     pub(super) fn refuse_unknown(&self, top: &Unknown, path: &Path) -> Result<()> {
         let tables = self.tables().map(|t| &t.unknown);
+        let columns = self.tables().flat_map(|t| t.columns.iter().map(|c| &c.unknown));
         let files = self.steps.iter().flat_map(|s| s.files.iter().map(|f| &f.unknown));
-        let all =
-            std::iter::once(top).chain(tables).chain(self.steps.iter().map(|s| &s.unknown)).chain(files);
+        let steps = self.steps.iter().map(|s| &s.unknown);
+        let all = std::iter::once(top).chain(tables).chain(columns).chain(steps).chain(files);
         for (key, value) in all.flatten() {
             if value.get("must_understand") != Some(&Value::Bool(false)) {
                 return Err(Error::Version {
