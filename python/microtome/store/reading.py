@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from microtome import _core
-from microtome.errors import HookError, ShapeError
+from microtome.errors import HookError, ShapeError, StoreError, UnsafeCheckpointError
 from microtome.progress import bar
 from microtome.store.activations import Activations, without_damage
 from microtome.store.codes import CODES, StoredCodes, StoredRaggedCodes, codes_folder, open_codes
@@ -182,8 +182,15 @@ class ActivationStore:
         with bar("verify", self.n_files, progress is True, unit="files") as shown:
             problems = self._reader.verify(progress if callable(progress) else shown)
         for name in self.code_names:
-            problems += [f"codes {name}: {problem}" for problem in self.codes(name).verify()]
+            problems += [f"codes {name}: {problem}" for problem in self._problems_of(name)]
         return problems
+
+    def _problems_of(self, name: str) -> list[str]:
+        """Problems of the codes called ``name``; what cannot be opened is one of them and hides no other."""
+        try:
+            return self.codes(name).verify()
+        except (StoreError, UnsafeCheckpointError) as error:
+            return [str(error)]
 
     @property
     def n_files(self) -> int:
@@ -194,7 +201,10 @@ class ActivationStore:
     def code_names(self) -> list[str]:
         """Names of the sparse codes stored beside the activations."""
         folder = self.path / CODES
-        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        if not folder.is_dir():
+            return []
+        # A name that begins with a point is no name of codes: other programs leave such folders behind.
+        return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
     def codes(self, name: str) -> StoredCodes | StoredRaggedCodes:
         """Sparse codes stored under ``name``: with ``k`` slots per row, or ragged, as they were written.
@@ -228,7 +238,7 @@ class ActivationStore:
             step_rows: rows per commit; what is not committed is lost when the process dies.
 
         Raises:
-            StoreError: codes of that name are of another dictionary, hook or ``k``.
+            StoreError: codes of that name are of another dictionary, hook or ``k``, or of other rows.
             LockedError: another writer is at them.
 
         Example:
