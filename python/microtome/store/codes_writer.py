@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 
 from microtome import _core
-from microtome.errors import ShapeError
+from microtome.errors import ShapeError, StoreError
 from microtome.metrics.codes import RaggedCodes, SparseCodes
 from microtome.store.activations import Activations
 
@@ -38,6 +38,30 @@ class CodesWriter:
         self._step_rows = step_rows
         self._writer = _core.CodesWriter(str(folder), hook=acts.hook, k=k, facts=json.dumps(facts))
         self._committed = self._written = self._writer.n_rows
+        try:
+            self._refuse_other_rows(folder, acts.store.backend)
+        except BaseException:
+            self._writer.close()
+            raise
+
+    def _refuse_other_rows(self, folder: Path, backend: str) -> None:
+        """Refuse to go on where the committed codes are not those of the first rows of this selection."""
+        n = self._written
+        if n == 0:
+            return
+        column = _core.StoreReader(str(folder), "first", backend).row_column("tokens", "row")
+        committed = np.asarray(column.read(0, n))
+        if n > len(self._rows):
+            found = f"a selection of {len(self._rows)}"
+        elif (others := np.flatnonzero(committed != self._rows[:n])).size:
+            first = others[0]
+            found = f"row {self._rows[first]} in place of row {committed[first]}"
+        else:
+            return
+        raise StoreError(
+            f"cannot resume: {folder}: expected a selection that begins with the {n} rows encoded there, "
+            f"found {found}. Give the selection of the first run, or another name"
+        )
 
     @property
     def n_rows(self) -> int:
