@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "extra",
     "is_tensor",
     "memory",
+    "refuse_shifted_rows",
     "source_rows",
     "to_tensor",
 ]
@@ -76,6 +78,28 @@ def memory(words: Any) -> Any:
 def core_source(x: Any, name: str) -> Any:
     """``x`` as something the core can scan: activations of a store as they are, all else as :func:`core_matrix`."""
     return x if hasattr(x, "_selection") else core_matrix(x, name)
+
+
+def refuse_shifted_rows(sources: Iterable[tuple[str, Any]]) -> None:
+    """Hold hooks of one store to the same rows, each given with its argument's name.
+
+    Where other rows of each are skipped for damage, row ``i`` of one no longer belongs to row ``i`` of the other.
+
+    Raises:
+        ShapeError: two hooks that skip other rows and do not have the same ones.
+    """
+    firsts: dict[tuple[str, str], tuple[str, Any]] = {}
+    for name, x in sources:
+        if not hasattr(x, "skipped"):
+            continue
+        first_name, first = firsts.setdefault((x.store.fingerprint, x.space), (name, x))
+        if np.array_equal(x.skipped, first.skipped) or np.array_equal(x.row_numbers, first.row_numbers):
+            continue
+        raise ShapeError(
+            f"{name}: expected the rows of {first_name}, found others: {len(first.skipped)} rows of {first.hook} and "
+            f"{len(x.skipped)} of {x.hook} are skipped. Give the rows that both have, from either as "
+            "x.take(np.isin(x.row_numbers, y.row_numbers))"
+        )
 
 
 def source_rows(x: Any, span: slice) -> Any:
@@ -135,7 +159,7 @@ def _tensor_words(x: Any, name: str) -> CoreInput:
 def to_tensor(values: npt.NDArray[Any], dtype: str) -> Any:
     """Memory of the core as a torch tensor of ``dtype``, without a copy; NumPy itself when torch is missing.
 
-    The memory may be a read-only map of a store: writing into the tensor is not allowed.
+    Memory of a store is private, a copy or a map that is copied where somebody writes: writing changes the tensor alone.
     """
     try:
         import torch

@@ -122,6 +122,7 @@ def _matrix(
     progress: bool,
 ) -> Float64:
     options = flag(debiased, "debiased"), required_bytes(memory_budget)
+    tensors.refuse_shifted_rows((*xs, *(ys or [])))
     with bar("CKA", rows_of(xs), progress) as done:
         values, undefined = _core.cka_matrix(xs, ys, *options, done)
     if undefined:

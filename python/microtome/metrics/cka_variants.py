@@ -69,6 +69,7 @@ def minibatch_cka(
     """
     options = whole(batch, "batch", 4), required_bytes(memory_budget)
     x_layers, y_layers = named(xs, "xs"), None if ys is None else named(ys, "ys")
+    tensors.refuse_shifted_rows((*x_layers, *(y_layers or [])))
     with bar("minibatch CKA", rows_of(x_layers), progress) as done:
         values, undefined = _core.minibatch_cka(x_layers, y_layers, *options, done)
     if undefined:
@@ -105,6 +106,7 @@ def rbf_cka(
     """
     options = flag(debiased, "debiased"), required_bytes(memory_budget)
     pair = ("x", tensors.core_source(x, "x")), ("y", tensors.core_source(y, "y"))
+    tensors.refuse_shifted_rows(pair)
     values, undefined = _core.rbf_cka(*pair, sigma, *options)
     if undefined:
         warn_undefined("RBF CKA", _NOT_POSITIVE, [pair[i][0] for i in undefined])
@@ -158,6 +160,7 @@ def cka_interval(
     draws = whole(n_resamples, "n_resamples", 2, MOST_RESAMPLES), whole(seed, "seed", most=LARGEST_SEED)
     budget = required_bytes(memory_budget)
     pair = ("x", tensors.core_source(x, "x")), ("y", tensors.core_source(y, "y"))
+    tensors.refuse_shifted_rows(pair)
     codes = None if groups is None else _numbered(groups)
     estimate, halves, factor = _core.cka_halves(*pair, *draws, codes, budget)
     if np.isnan(halves).any():

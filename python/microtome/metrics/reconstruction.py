@@ -51,6 +51,7 @@ def fvu(x: Any, x_hat: Any, *, W_dec: Any = None, b_dec: Any = None, progress: b
         raise ShapeError("W_dec: expected a decoder (d_sae, d_in) to go with sparse codes, found None")
     if not sparse and (W_dec is not None or b_dec is not None):
         raise ShapeError("x_hat: expected sparse codes to go with W_dec, found reconstructions")
+    tensors.refuse_shifted_rows([("x", x), ("x_hat", x_hat)])
     state = _core.FvuState()
     with progress_bar.bar("fvu", len(x), progress) as done:
         if sparse:
