@@ -8,11 +8,13 @@ use std::sync::Arc;
 
 use microtome_core::scan::{Buffer, Source};
 use microtome_core::store::format::{BLOCK, Column, HEADER, Scalar, Shard, file_name, parse_header};
-use microtome_core::store::fs::Os;
+use microtome_core::store::fs::{Fs, Os};
 use microtome_core::store::{Backend, Manifest, Nonfinite, RowIndex, Store, Table, Verify, Writer};
 use microtome_core::{Data, Error};
 use proptest::prelude::*;
-use sample_store::{CODES, HOOK, bytes_of, in_memory, manifest, open, read_all, write, x_of};
+use sample_store::{
+    CODES, HOOK, bytes_of, in_memory, manifest, open, problems, read_all, within, write, x_of,
+};
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect()
@@ -236,7 +238,7 @@ fn golden_store_of_format_1_opens_bit_for_bit() {
         .collect();
     let expected: Vec<f32> = (0..10 * 4).map(|i| i as f32 / 2.0 - 8.0).collect();
     assert_eq!(x, expected);
-    assert!((0..2).all(|step| (0..=store.tables()).all(|file| store.problems(step, file).is_empty())));
+    assert!((0..2).all(|step| (0..=store.tables()).all(|file| problems(&store, step, file).is_empty())));
     let codes = Arc::new(Store::open(&root.join("codes/topk"), Verify::Always, Backend::Mmap).unwrap());
     assert_eq!(floats(&bytes_of(&codes.hook(HOOK, "values").unwrap()).unwrap())[..4], [2.0, 1.0, 2.0, 1.0]);
 }
@@ -254,7 +256,21 @@ fn golden_ragged_codes_of_format_1_open_bit_for_bit() {
     assert_eq!(words(store.row_column("entries", "indices").unwrap()), [3, 1, 0, 1, 2, 7]);
     let values = bytes_of(&store.hook(HOOK, "values").unwrap()).unwrap();
     assert_eq!(floats(&values), [2.0, 0.5, 4.0, 3.0, 1.0, 0.25]);
-    assert!((0..2).all(|step| (0..=store.tables()).all(|file| store.problems(step, file).is_empty())));
+    assert!((0..2).all(|step| (0..=store.tables()).all(|file| problems(&store, step, file).is_empty())));
+}
+
+#[test]
+fn checking_a_store_stops_between_blocks_and_keeps_no_shard_open() {
+    let disk = in_memory(1024, &[2048]);
+    let store = open(&disk).unwrap();
+    assert!(matches!(within(true, |context| store.problems(0, 0, context)), Err(Error::Cancelled)));
+    let hook = store.hook(HOOK, "x").unwrap();
+    assert!(matches!(within(true, |context| hook.damaged_rows(0, context)), Err(Error::Cancelled)));
+    assert!(problems(&store, 0, 0).is_empty());
+    // An open shard would be read as it was.
+    disk.remove(&Path::new("/store/000000").join(file_name(HOOK))).unwrap();
+    assert_eq!(problems(&store, 0, 0).len(), 1);
+    assert_eq!(within(false, |context| hook.damaged_rows(0, context)).unwrap(), [0..2048]);
 }
 
 #[test]

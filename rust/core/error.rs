@@ -49,6 +49,16 @@ pub enum Error {
         /// What to do.
         hint: String,
     },
+    /// The system does not give the memory that a result takes.
+    #[error("{what} needs {needed} bytes, more than the system gives. {hint}")]
+    Refused {
+        /// The work.
+        what: String,
+        /// Bytes needed.
+        needed: usize,
+        /// What to do.
+        hint: String,
+    },
     /// A file of the store is damaged.
     #[error("{reason}: {}: expected {expected}, found {found}. Run microtome verify", path.display())]
     Corrupt {
@@ -104,7 +114,7 @@ pub enum Error {
         reason: String,
     },
     /// The operating system refused.
-    #[error("{op}: {}: {source}", path.display())]
+    #[error("{op}: {}: {source}{}", path.display(), advice(source))]
     Io {
         /// The file.
         path: PathBuf,
@@ -119,6 +129,20 @@ pub enum Error {
     /// A bug of this crate.
     #[error("internal error in {0}, please report")]
     Internal(String),
+}
+
+/// Whether this process, or the system, has as many files open as it may.
+pub fn out_of_files(source: &std::io::Error) -> bool {
+    matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+/// What to do about a refusal of the system, where there is something; it follows the reason.
+pub fn advice(source: &std::io::Error) -> &'static str {
+    if out_of_files(source) {
+        ". Raise the limit with ulimit -n, or open the store with backend=\"mmap\", which keeps no file open"
+    } else {
+        ""
+    }
 }
 
 impl Error {

@@ -1,6 +1,7 @@
 //! The only place where a core error becomes a Python exception.
 
 use microtome_core::Error;
+use microtome_core::error::advice;
 use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyOSError};
 use pyo3::prelude::*;
 
@@ -26,7 +27,7 @@ pub fn to_py(error: &Error) -> PyErr {
         Error::Shape { .. } => py::ShapeError::new_err(message),
         Error::Dtype { .. } => py::DtypeError::new_err(message),
         Error::NonFinite { .. } => py::NonFiniteError::new_err(message),
-        Error::Memory { .. } => PyMemoryError::new_err(message),
+        Error::Memory { .. } | Error::Refused { .. } => PyMemoryError::new_err(message),
         Error::Corrupt { .. } => py::CorruptShardError::new_err(message),
         Error::Manifest { .. } => py::ManifestError::new_err(message),
         Error::Version { .. } => py::VersionError::new_err(message),
@@ -34,7 +35,11 @@ pub fn to_py(error: &Error) -> PyErr {
         Error::Store { .. } => py::StoreError::new_err(message),
         Error::Unsafe { .. } => py::UnsafeCheckpointError::new_err(message),
         Error::Io { path, op, source } => match source.raw_os_error() {
-            Some(errno) => PyOSError::new_err((errno, format!("{op}: {source}"), path.display().to_string())),
+            Some(errno) => PyOSError::new_err((
+                errno,
+                format!("{op}: {source}{}", advice(source)),
+                path.display().to_string(),
+            )),
             None => PyOSError::new_err(message),
         },
         Error::Cancelled => PyKeyboardInterrupt::new_err(message),

@@ -132,7 +132,7 @@ impl StoreReader {
         let task = Task { progress, ..Task::named("verify") };
         let problems = run(py, task, |context| {
             map_ordered(&all, context, |(step, file)| {
-                let problems = self.store.problems(*step, *file);
+                let problems = self.store.problems(*step, *file, context)?;
                 context.done.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 Ok(problems)
             })
@@ -227,7 +227,7 @@ impl Selection {
         let rows = &*self.rows;
         let steps: Vec<usize> = (0..rows.steps()).collect();
         let damaged = run(py, Task::named("damaged_rows"), |context| {
-            map_ordered(&steps, context, |step| rows.damaged_rows(*step))
+            map_ordered(&steps, context, |step| rows.damaged_rows(*step, context))
         })?;
         Ok(damaged.into_iter().flatten().map(|r| (r.start, r.end)).collect())
     }

@@ -3,7 +3,9 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
+use microtome_core::scan::Context;
 use microtome_core::store::faulty::Faulty;
 use microtome_core::store::fs::Fs;
 use microtome_core::store::{Backend, Column, Manifest, Nonfinite, Scalar, Store, Table, Verify, Writer};
@@ -76,6 +78,17 @@ pub fn read_all(disk: &Faulty) -> Result<Vec<Vec<u8>>> {
         all.push(store.samples(step)?);
     }
     Ok(all)
+}
+
+/// Runs `work` for somebody who asks for its end by `cancel`.
+pub fn within<T>(cancel: bool, work: impl FnOnce(&Context<'_>) -> T) -> T {
+    let (cancel, done) = (AtomicBool::new(cancel), AtomicU64::new(0));
+    work(&Context { cancel: &cancel, done: &done, memory_budget: 1 << 30 })
+}
+
+/// The problems of a file of a step.
+pub fn problems(store: &Store, step: usize, file: usize) -> Vec<String> {
+    within(false, |context| store.problems(step, file, context)).unwrap()
 }
 
 pub fn bytes_of(rows: &microtome_core::store::Selection) -> Result<Vec<u8>> {

@@ -4,13 +4,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, out_of_files};
+use crate::scan::Context;
 use crate::store::bytes::{Backend, PAGE, Window};
 use crate::store::format::unsafe_kind;
 use crate::store::fs::{Fs, Os, io_error, retry};
 use crate::store::manifest::{MANIFEST, Manifest, Table, open_regular, read_range};
 use crate::store::selection::Selection;
-use crate::store::shard::{Expected, SealedShard, Verify};
+use crate::store::shard::{Damage, Expected, SealedShard, Verify};
 
 /// A store as its manifest described it at the moment of opening.
 #[derive(Debug)]
@@ -128,9 +129,15 @@ impl Store {
     /// As [`SealedShard::open`].
     pub fn shard(&self, step: usize, table: usize) -> Result<&SealedShard> {
         let slot = &self.shards[step * self.tables() + table];
-        if let Some(shard) = slot.get() {
-            return Ok(shard);
+        match slot.get() {
+            Some(shard) => Ok(shard),
+            // Of two threads that open the same shard one is kept.
+            None => self.open_shard(step, table).map(|shard| slot.get_or_init(|| shard)),
         }
+    }
+
+    /// A shard of the caller's own, whose file is closed when it is dropped.
+    fn open_shard(&self, step: usize, table: usize) -> Result<SealedShard> {
         let entry = &self.manifest.steps[step];
         let sealed = &entry.files[table];
         let expected = Expected {
@@ -140,9 +147,7 @@ impl Store {
             sealed,
             rows: self.starts[table][step]..self.starts[table][step + 1],
         };
-        let shard = SealedShard::open(&*self.fs, &expected, self.backend, self.verify)?;
-        // Of two threads that open the same shard one is kept.
-        Ok(slot.get_or_init(|| shard))
+        SealedShard::open(&*self.fs, &expected, self.backend, self.verify)
     }
 
     /// The bytes of the table of samples of a step, held to their checksum.
@@ -171,13 +176,13 @@ impl Store {
     }
 
     /// Rows of a table that lie under damage in step `step`: those under damaged blocks, or all of the step when its shard
-    /// cannot be opened.
+    /// cannot be opened. No file stays open.
     ///
     /// # Errors
-    /// [`Error::Io`] when the disk refuses, which is no damage.
-    pub fn damaged_rows(&self, table: usize, step: usize) -> Result<Vec<Range<u64>>> {
+    /// [`Error::Io`] when the disk refuses, which is no damage; [`Error::Cancelled`].
+    pub fn damaged_rows(&self, table: usize, step: usize, context: &Context<'_>) -> Result<Vec<Range<u64>>> {
         let all = self.starts[table][step]..self.starts[table][step + 1];
-        let damages = self.shard(step, table).and_then(|shard| shard.damages(&*self.fs));
+        let damages = self.open_shard(step, table).and_then(|shard| shard.damages(&*self.fs, context));
         match damages {
             Ok(damages) => Ok(damages.into_iter().map(|d| d.rows).collect()),
             Err(Error::Corrupt { .. } | Error::Store { .. } | Error::Manifest { .. }) => Ok(vec![all]),
@@ -186,36 +191,41 @@ impl Store {
         }
     }
 
-    /// Checks one file of a step completely: a shard, or the table of samples (number [`Store::tables`]).
+    /// Checks one file of a step completely: a shard, or the table of samples (number [`Store::tables`]). No file stays open.
     ///
     /// Returns one line per problem.
-    pub fn problems(&self, step: usize, file: usize) -> Vec<String> {
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`], and what is wrong with this process and not with the store: too many open files, no memory.
+    pub fn problems(&self, step: usize, file: usize, context: &Context<'_>) -> Result<Vec<String>> {
         let entry = &self.manifest.steps[step];
         if file == self.tables() {
-            return self.samples(step).err().map(|e| e.to_string()).into_iter().collect();
+            return self.samples(step).map(|_| Vec::new()).or_else(|e| Ok(vec![problem(e)?]));
         }
         let rows = &self.starts[file][step..=step + 1];
-        let affected = |e: Error| vec![format!("{e} (rows {}..{})", rows[0], rows[1])];
-        let shard = match self.shard(step, file) {
-            Ok(shard) => shard,
-            Err(error) => return affected(error),
-        };
         let name = format!("{}/{}", entry.name, entry.files[file].name);
-        match shard.damages(&*self.fs) {
-            Err(error) => affected(error),
-            Ok(damages) => damages
-                .iter()
-                .map(|d| {
-                    let (stored, found) = d.crc32c;
-                    let Range { start, end } = d.rows;
-                    let block = d.block;
-                    format!(
-                        "damaged block {block}: {name}: expected crc32c {stored:08x}, found {found:08x} (rows {start}..{end})"
-                    )
-                })
-                .collect(),
+        let damages = self.open_shard(step, file).and_then(|shard| shard.damages(&*self.fs, context));
+        match damages {
+            Err(error) => Ok(vec![format!("{} (rows {}..{})", problem(error)?, rows[0], rows[1])]),
+            Ok(damages) => Ok(damages.iter().map(|damage| line(damage, &name)).collect()),
         }
     }
+}
+
+/// What an error says about the store, where it says something about the store.
+fn problem(error: Error) -> Result<String> {
+    match &error {
+        Error::Io { source, .. } if out_of_files(source) => Err(error),
+        Error::Cancelled | Error::Refused { .. } | Error::Internal(_) => Err(error),
+        _ => Ok(error.to_string()),
+    }
+}
+
+fn line(damage: &Damage, file: &str) -> String {
+    let Damage { block, rows: Range { start, end }, crc32c: (stored, found) } = damage;
+    format!(
+        "damaged block {block}: {file}: expected crc32c {stored:08x}, found {found:08x} (rows {start}..{end})"
+    )
 }
 
 fn row_starts(manifest: &Manifest, table: &Table) -> Vec<u64> {

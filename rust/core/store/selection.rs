@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::rows::{Data, Rows};
-use crate::scan::{Buffer, Source};
+use crate::scan::{Buffer, Context, Source};
 use crate::store::bytes::{Backend, Window};
 use crate::store::format::{Column, Scalar};
 use crate::store::map::PrivateMap;
@@ -163,8 +163,8 @@ impl Selection {
     ///
     /// # Errors
     /// As [`Store::damaged_rows`].
-    pub fn damaged_rows(&self, step: usize) -> Result<Vec<Range<u64>>> {
-        self.store.damaged_rows(self.table, step)
+    pub fn damaged_rows(&self, step: usize, context: &Context<'_>) -> Result<Vec<Range<u64>>> {
+        self.store.damaged_rows(self.table, step, context)
     }
 
     /// Number of steps of the store.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 use crate::kernels::checksum::crc32c;
+use crate::scan::Context;
 use crate::store::bytes::{Backend, Bytes, Window};
 use crate::store::format::{BLOCK, Column, HEADER, Shard, Tensor, check_of, damaged, parse_header};
 use crate::store::fs::{Fs, Identity, io_error, read_full_at, retry};
@@ -330,11 +331,12 @@ impl SealedShard {
     /// Checks every block, whatever has been checked before, and lists the damaged ones.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Store`] when the file cannot be read to its end.
-    pub fn damages(&self, fs: &dyn Fs) -> Result<Vec<Damage>> {
+    /// [`Error::Io`] and [`Error::Store`] when the file cannot be read to its end; [`Error::Cancelled`].
+    pub fn damages(&self, fs: &dyn Fs, context: &Context<'_>) -> Result<Vec<Damage>> {
         let mut damages = Vec::new();
         let mut window = Window::default();
         for block in 0..self.blocks() {
+            context.check()?;
             self.unchanged(fs)?;
             let span = self.block_span(block);
             let bytes = if let Bytes::Mapped(map) = &self.bytes {
