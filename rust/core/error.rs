@@ -90,11 +90,11 @@ pub enum Error {
         supported: String,
     },
     /// Another writer holds the store.
-    #[error("store is locked: {} is being written by pid {pid}. Wait for it or stop it", path.display())]
+    #[error("store is locked: {} is being written by {}. Wait for it or stop it", path.display(), holder(pid))]
     Locked {
         /// The store.
         path: PathBuf,
-        /// The process named in the lock file; information only.
+        /// The process named in the lock file; information only, and empty where none is named.
         pid: String,
     },
     /// The store cannot do what was asked in its present state.
@@ -129,6 +129,10 @@ pub enum Error {
     /// A bug of this crate.
     #[error("internal error in {0}, please report")]
     Internal(String),
+}
+
+fn holder(pid: &str) -> String {
+    if pid.is_empty() { "another process".to_owned() } else { format!("pid {pid}") }
 }
 
 /// Whether this process, or the system, has as many files open as it may.

@@ -395,7 +395,7 @@ struct HeldLock {
 }
 
 impl Lock for HeldLock {
-    fn clear(&mut self) -> io::Result<()> {
+    fn release(&mut self) -> io::Result<()> {
         self.disk.call().map(|_| ())
     }
 }

@@ -69,10 +69,10 @@ pub trait Input: Debug + Send + Sync {
     fn will_need(&self, _range: Range<u64>) {}
 }
 
-/// A held lock; dropping it releases it.
+/// A held lock; it is gone with its process, and with the children that the process forked.
 pub trait Lock: Debug + Send + Sync {
-    /// Empties the lock file, so that a closed store holds no trace of its writer.
-    fn clear(&mut self) -> io::Result<()>;
+    /// Lets go of the lock, in forked children too, and leaves an empty file: a closed store holds no trace of its writer.
+    fn release(&mut self) -> io::Result<()>;
 }
 
 /// Which file a name stands for, and how large it is.
@@ -160,10 +160,9 @@ impl Fs for Os {
         // flock(2) on Unix: held by this open file, not by the process, and gone when the process is.
         match file.try_lock() {
             Ok(()) => {
-                let mut lock = file;
-                lock.clear()?;
-                FileExt::write_all_at(&lock, std::process::id().to_string().as_bytes(), 0)?;
-                Ok(Ok(Box::new(lock)))
+                file.set_len(0)?;
+                FileExt::write_all_at(&file, std::process::id().to_string().as_bytes(), 0)?;
+                Ok(Ok(Box::new(file)))
             }
             Err(std::fs::TryLockError::WouldBlock) => {
                 let mut text = [0; 20];
@@ -239,8 +238,10 @@ impl Input for File {
 }
 
 impl Lock for File {
-    fn clear(&mut self) -> io::Result<()> {
-        self.set_len(0)
+    fn release(&mut self) -> io::Result<()> {
+        let emptied = self.set_len(0);
+        // Closing would not do: a forked child has the same open file.
+        self.unlock().and(emptied)
     }
 }
 
@@ -312,3 +313,26 @@ pub fn failpoint(name: &str) {
 #[cfg(not(feature = "failpoints"))]
 #[inline]
 pub fn failpoint(_name: &str) {}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panic")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_released_lock_is_free_while_a_copy_of_its_file_is_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("LOCK");
+        let mut held = File::create(&path).unwrap();
+        held.try_lock().unwrap();
+        // What a forked child has: another descriptor of the same open file.
+        let copy = held.try_clone().unwrap();
+        let refused = Os.lock(&path).unwrap().unwrap_err();
+        let error = Error::Locked { path: path.clone(), pid: refused }.to_string();
+        assert!(error.contains("is being written by another process. Wait"), "{error}");
+        held.release().unwrap();
+        drop(held);
+        drop(Os.lock(&path).unwrap().unwrap());
+        drop(copy);
+    }
+}

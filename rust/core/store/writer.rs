@@ -311,7 +311,7 @@ impl Drop for Writer {
         // A forked child holds a copy of this object; the files belong to its parent.
         if std::process::id() == self.pid {
             let _ = self.discard();
-            let _ = self.lock.clear();
+            let _ = self.lock.release();
         }
     }
 }

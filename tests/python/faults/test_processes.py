@@ -131,6 +131,21 @@ def test_writer_refuses_a_forked_child_and_survives_it(tmp_path):
     assert mt.ActivationStore(tmp_path)[HOOK].shape == (4, 64)
 
 
+def test_a_child_forked_inside_the_block_holds_no_lock(tmp_path):
+    read_end, write_end = os.pipe()
+    with open_writer(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.read(read_end, 1)
+            os._exit(0)
+    try:
+        assert (tmp_path / "LOCK").read_bytes() == b""
+        assert not is_locked(tmp_path)
+    finally:
+        os.write(write_end, b"x")
+        os.waitpid(child, 0)
+
+
 def test_store_is_read_in_a_forked_child(tmp_path):
     x = stored.write(tmp_path / "run")
     acts = mt.ActivationStore(tmp_path / "run")[HOOK]
