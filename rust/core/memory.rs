@@ -25,15 +25,17 @@ pub fn zeros<T: Zeroable>(len: usize) -> Vec<T> {
     zeros
 }
 
-/// An empty vector with room for `len` elements, as `argument` asks by its value, which may be beyond all memory.
+/// As [`zeros`], for results whose size the caller's data decide: the system may refuse them.
 ///
 /// # Errors
-/// [`Error::Shape`] naming the argument.
-pub fn room<T>(argument: &str, value: usize, len: usize) -> Result<Vec<T>> {
-    let mut empty = Vec::new();
-    let refused = |_| Error::shape(argument, "a number that memory has room for", value.to_string());
-    empty.try_reserve_exact(len).map_err(refused)?;
-    Ok(empty)
+/// [`Error::Refused`] with the bytes that `what` needs, and with `hint`.
+pub fn try_zeros<T: Zeroable>(len: usize, what: &str, hint: &str) -> Result<Vec<T>> {
+    let Ok(zeros) = bytemuck::try_zeroed_vec(len) else {
+        let needed = len.saturating_mul(size_of::<T>());
+        return Err(Error::Refused { what: what.to_owned(), needed, hint: hint.to_owned() });
+    };
+    ask_for_large_pages(&zeros);
+    Ok(zeros)
 }
 
 /// Asks the kernel to back `array`, which nobody has written to yet, with large pages. Only a hint: contents stay.
@@ -102,6 +104,16 @@ mod tests {
             array.iter_mut().zip(1..).for_each(|(x, i)| *x = i);
             assert!(array.iter().zip(1..).all(|(x, i)| *x == i), "{len}");
         }
+    }
+
+    #[test]
+    fn memory_that_no_system_has_is_refused() {
+        for len in [1 << 58, usize::MAX] {
+            let error = try_zeros::<f32>(len, "read", "Read less").unwrap_err().to_string();
+            let needed = len.saturating_mul(4);
+            assert_eq!(error, format!("read needs {needed} bytes, more than the system gives. Read less"));
+        }
+        assert_eq!(try_zeros::<u8>(3, "read", "").unwrap(), [0; 3]);
     }
 
     #[test]

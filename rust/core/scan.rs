@@ -230,10 +230,16 @@ pub fn map_blocks<T: Send>(
     context: &Context<'_>,
     work: impl Fn(Rows<'_>, usize) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
-    let blocks: Vec<_> = grid(source.n_rows(), block_rows).collect();
-    map_ordered(&blocks, context, |range| {
-        work(source.read(range.clone(), &mut Buffer::default())?, range.start)
-    })
+    let n = source.n_rows();
+    // Not a list of blocks: a manifest may claim any number of rows, and the first block that is not there ends the scan.
+    (0..n.div_ceil(block_rows))
+        .into_par_iter()
+        .map(|block| {
+            context.check()?;
+            let range = block * block_rows..n.min((block + 1) * block_rows);
+            work(source.read(range.clone(), &mut Buffer::default())?, range.start)
+        })
+        .collect()
 }
 
 /// As [`map_blocks`], for work that writes `width` numbers per row into each of two results.
@@ -287,18 +293,20 @@ pub fn scan_into<F: Fold>(
     if sources.iter().any(|s| s.waits()) {
         return ahead::scan_into(total, sources, fold, block_rows, context);
     }
-    let blocks: Vec<_> = grid(n, block_rows).collect();
+    let mut blocks = grid(n, block_rows);
     let ahead = (AHEAD_BYTES / row_bytes(sources)).max(block_rows);
     let mut announced = 0;
     // Fresh memory costs as much as reading into it.
     let spare: Mutex<Vec<Vec<Buffer>>> = Mutex::default();
-    for wave in blocks.chunks(threads()) {
-        let soon = wave.last().map_or(n, |block| n.min(block.end + ahead));
+    loop {
+        let wave: Vec<_> = blocks.by_ref().take(threads()).collect();
+        let Some(last) = wave.last() else { return Ok(()) };
+        let soon = n.min(last.end + ahead);
         for source in sources {
             source.will_need(announced..soon);
         }
         announced = soon;
-        let partials = map_ordered(wave, context, |range| {
+        let partials = map_ordered(&wave, context, |range| {
             let mut buffers = locked(&spare).pop().unwrap_or_else(|| spaces(sources));
             let rows = read_all(sources, range.clone(), &mut buffers)?;
             let partial = update_block(fold, &rows, range.start, context)?;
@@ -307,7 +315,6 @@ pub fn scan_into<F: Fold>(
         })?;
         partials.into_iter().try_for_each(|partial| fold.merge(total, partial))?;
     }
-    Ok(())
 }
 
 fn locked<T>(stash: &Mutex<T>) -> MutexGuard<'_, T> {

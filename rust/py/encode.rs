@@ -2,7 +2,7 @@
 #![allow(clippy::needless_pass_by_value)] // PyO3 hands arguments over by value
 
 use microtome_core::kernels::gemm::{Certificate, Screen};
-use microtome_core::memory::zeros;
+use microtome_core::memory::try_zeros;
 use microtome_core::metrics::decode::{CsrCodes, decode_rows};
 use microtome_core::metrics::encode::{Activation, Weights};
 use microtome_core::scan::encode::{Codes, encode, pack};
@@ -160,7 +160,7 @@ fn decode<'py>(
     let (n, d) = (codes.n(), rows.d());
     let x_hat = run(py, Task::named("decode"), |context| {
         codes.check(rows.n())?;
-        let mut out = zeros::<f32>(n * d);
+        let mut out = try_zeros::<f32>(n.saturating_mul(d), "decode", "Decode fewer rows at a time")?;
         let block = (BLOCK_ROWS / 16).max(1);
         fill_pieces(&mut out, block * d, context, |i, piece| {
             decode_rows(&codes, i * block, rows, bias, piece);

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use half::f16;
-use microtome_core::memory::zeros;
+use microtome_core::memory::try_zeros;
 use microtome_core::metrics::words::WordSum;
 use microtome_core::scan::{fill_pieces, map_ordered, scan};
 use microtome_core::store::map::PrivateMap;
@@ -22,6 +22,9 @@ use crate::run::{Task, detached, run};
 const MAP_BYTES: usize = 64 << 10;
 /// Up to this size a copy is made on the calling thread.
 const COPY_BYTES: usize = 4 << 20;
+
+/// What to do where memory has no room for rows or their numbers.
+const LESS: &str = "Read in blocks(), or give the selection itself to a metric";
 
 /// (name, row space, [(column, dtype, width)])
 type TableFacts = (String, String, Vec<(String, &'static str, Option<u64>)>);
@@ -205,8 +208,11 @@ impl Selection {
     }
 
     /// Row numbers in the store, one per row of this selection.
-    fn indices<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
-        self.rows.index().rows().collect::<Vec<_>>().into_pyarray(py)
+    fn indices<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<u64>>> {
+        let index = self.rows.index();
+        let mut rows = try_zeros::<u64>(index.len(), "row_numbers", LESS).map_err(|e| to_py(&e))?;
+        rows.iter_mut().zip(index.rows()).for_each(|(number, row)| *number = row);
+        Ok(rows.into_pyarray(py))
     }
 
     /// The places `start..stop` as a selection.
@@ -245,7 +251,7 @@ impl Selection {
     fn read<'py>(&self, py: Python<'py>, start: usize, stop: usize) -> PyResult<Bound<'py, PyAny>> {
         self.check(start, stop)?;
         let rows = &*self.rows;
-        let bytes = (stop - start) * rows.row_bytes();
+        let bytes = (stop - start).saturating_mul(rows.row_bytes());
         if bytes >= MAP_BYTES
             && let Some(map) = detached(py, "read", || rows.private_map(start..stop))?
         {
@@ -283,7 +289,7 @@ impl Selection {
     {
         let (rows, n) = (&*self.rows, stop - start);
         let width = self.width().map_or(1, |w| w as usize);
-        let mut out = zeros::<T>(n * width);
+        let mut out = try_zeros::<T>(n.saturating_mul(width), "read", LESS).map_err(|e| to_py(&e))?;
         if size_of_val(out.as_slice()) <= COPY_BYTES {
             detached(py, "read", || rows.gather(start..stop, bytemuck::cast_slice_mut(&mut out)))?;
         } else {

@@ -7,7 +7,7 @@ pub mod top;
 use crate::error::{Error, Result};
 use crate::kernels::isa::Isa;
 use crate::kernels::sets::{count, insert, nodes, overlap, words};
-use crate::memory::{room, zeros};
+use crate::memory::{try_zeros, zeros};
 use crate::scan::{Context, fill_parts, grid, map_ordered};
 
 /// Words per block: half a megabyte of each set.
@@ -40,13 +40,12 @@ pub fn intersection_and_union(a: &[u64], b: &[u64], context: &Context<'_>) -> Re
 /// The set of `members` among `n` nodes.
 ///
 /// # Errors
-/// [`Error::Shape`] when a member is negative or not below `n`; or memory has no room for `n` bits.
+/// [`Error::Shape`] when a member is negative or not below `n`; [`Error::Refused`] when memory has no room for `n` bits.
 pub fn from_nodes(members: &[i64], n: usize) -> Result<Vec<u64>> {
     if let Some(bad) = members.iter().find(|&&m| m < 0 || m as u64 >= n as u64) {
         return Err(Error::shape("indices", format!("nodes in 0..{n}"), bad.to_string()));
     }
-    let mut set = room("n", n, words(n))?;
-    set.resize(words(n), 0);
+    let mut set = try_zeros(words(n), &format!("a set among {n} nodes"), "Number the nodes from 0")?;
     insert(&mut set, members);
     Ok(set)
 }

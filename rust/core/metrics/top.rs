@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::features::{FeatureFold, Labelled, PIECE};
 use crate::error::{Error, Result};
 use crate::kernels::prefetch::fetch;
-use crate::memory::room;
+use crate::memory::try_zeros;
 
 /// Rows screened before thresholds are raised again.
 const BLOCK_ROWS: usize = 2048;
@@ -133,8 +133,8 @@ impl TopSamples {
     /// [`Error::Shape`] for a feature outside the dictionary or one that is named twice.
     pub fn features(self, features: Option<&[u32]>) -> Result<Self> {
         let Some(features) = features else { return Ok(self) };
-        let mut lists = room("d_sae", self.d_sae, self.d_sae)?;
-        lists.resize(self.d_sae, NO_LIST);
+        let mut lists = try_zeros(self.d_sae, "a list of all features", "Check d_sae")?;
+        lists.fill(NO_LIST);
         for (number, &feature) in (0..).zip(features) {
             match lists.get_mut(feature as usize) {
                 Some(list) if *list == NO_LIST => *list = number,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import microtome as mt
 import stored
 from microtome import _core, errors
+from test_ragged_codes_faults import crc32c
 
 STEPS = 120
 
@@ -76,3 +78,35 @@ except OSError as error:
     assert "Too many open files" in read
     assert "ulimit -n" in read
     assert "Too many open files" in verified
+
+
+def claims_rows(path: Path, n: int) -> mt.Activations:
+    """A store of one small step whose manifest claims ``n`` rows, all its numbers and its checksum in order."""
+    stored.write(path, steps=(600,))
+    text = (path / "manifest.json").read_text()
+    for file, row in ((f"{stored.HOOK}.safetensors", 256), ("rows.safetensors", 18)):
+        columns = -(-row * n // 4) * 4
+        size = 4096 + columns + 4 * -(-columns // (1 << 20))
+        text = re.sub(rf'("{file}","bytes":)\d+', rf"\g<1>{size}", text)
+    text = text.replace('"tokens":600', f'"tokens":{n}')
+    body = text[: text.rindex(': "') + 3]
+    (path / "manifest.json").write_text(f'{body}{crc32c(body.encode()):08x}"\n}}\n')
+    return mt.ActivationStore(path)[stored.HOOK]
+
+
+def test_rows_beyond_memory_are_an_error_that_says_what_to_do(tmp_path):
+    claimed = claims_rows(tmp_path / "run", 10**13)
+    assert len(claimed) == 10**13
+    for read in (lambda: claimed[:], lambda: claimed.row_numbers, claimed.numpy):
+        with pytest.raises(MemoryError, match=r"needs \d+ bytes, more than the system gives. Read in blocks"):
+            read()
+
+
+def test_a_manifest_that_claims_any_number_of_rows_costs_no_memory(tmp_path):
+    claimed = claims_rows(tmp_path / "run", 10**13)
+    for scan in (
+        lambda: _core.word_sum(claimed._selection),
+        lambda: mt.fvu(claimed, claimed, progress=False),
+    ):
+        with pytest.raises(errors.CorruptShardError, match="truncated"):
+            scan()
