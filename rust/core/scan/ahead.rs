@@ -1,11 +1,12 @@
 //! The scan of a source that waits for a disk: a few threads read ahead while the pool folds.
 //!
-//! Reader `r` takes the batches `r`, `r + READERS`, ... and hands each over when it is asked for. So batches arrive in the
-//! order of the rows, the blocks in them are those of the grid, and the result has the bits of any other scan; and memory
-//! holds two batches per reader and the one that is folded.
+//! Reader `r` takes the batches `r`, `r + readers`, ... and hands each over when it is asked for. So batches arrive in the
+//! order of the rows, the blocks in them are those of the grid, and the result has the bits of any other scan. Each reader
+//! has space for two batches, one that it reads and one that waits or is folded. Where blocks are large beside the budget
+//! there are fewer readers; the least is space for one block.
 
 use std::ops::Range;
-use std::sync::mpsc::{channel, sync_channel};
+use std::sync::mpsc::channel;
 
 use super::{
     Buffer, Context, Fold, Source, aligned_rows, grid, map_ordered, row_bytes, spaces, threads, update_block,
@@ -13,10 +14,34 @@ use super::{
 use crate::error::{Error, Result};
 use crate::rows::Rows;
 
-/// Reading threads: what a disk needs in its queue to show its bandwidth.
+/// Reading threads at most: what a disk needs in its queue to show its bandwidth.
 const READERS: usize = 4;
-/// Bytes that one of them reads at a time.
+/// Bytes that one of them reads at a time, or one block where that is more.
 const BATCH_BYTES: usize = 4 << 20;
+
+/// How far a scan reads ahead.
+#[derive(Debug, PartialEq, Eq)]
+struct Plan {
+    /// Threads that read.
+    readers: usize,
+    /// Batches that each of them has space for.
+    each: usize,
+    /// Rows of a batch, in whole blocks.
+    rows: usize,
+}
+
+impl Plan {
+    fn new(block_rows: usize, row_bytes: usize, budget: usize) -> Self {
+        let block = block_rows.saturating_mul(row_bytes).max(1);
+        let blocks = (BATCH_BYTES.min(budget / (2 * READERS)) / block).max(1);
+        let batches = budget / blocks.saturating_mul(block);
+        Self {
+            readers: (batches / 2).clamp(1, READERS),
+            each: batches.clamp(1, 2),
+            rows: blocks * block_rows,
+        }
+    }
+}
 
 /// As [`super::scan_into`].
 pub fn scan_into<F: Fold>(
@@ -27,21 +52,21 @@ pub fn scan_into<F: Fold>(
     context: &Context<'_>,
 ) -> Result<()> {
     let n = aligned_rows(sources)?;
-    let bytes = BATCH_BYTES.min(context.memory_budget / (2 * READERS + 1));
-    let batch_rows = (bytes / (block_rows * row_bytes(sources))).max(1) * block_rows;
-    let batches = || grid(n, batch_rows);
+    let plan = Plan::new(block_rows, row_bytes(sources), context.memory_budget);
+    let batches = || grid(n, plan.rows);
     std::thread::scope(|team| {
         let start = |reader: usize| {
-            // With room for one batch: while that one waits for its turn, the disk is busy with the next.
-            let (filled, ready) = sync_channel(1);
-            let (recycle, used) = channel();
-            let mine = batches().skip(reader).step_by(READERS);
+            let (filled, ready) = channel();
+            let (recycle, free) = channel();
+            // Its receiver is here.
+            (0..plan.each).for_each(|_| drop(recycle.send(spaces(sources))));
+            let mine = batches().skip(reader).step_by(plan.readers);
             team.spawn(move || {
                 for range in mine {
-                    let mut buffers = used.try_recv().unwrap_or_else(|_| spaces(sources));
+                    // Nobody gives space back, or listens, once the scan has failed or has been cancelled.
+                    let Ok(mut buffers) = free.recv() else { return };
                     let outcome = fetch(sources, &range, &mut buffers);
                     let failed = outcome.is_err();
-                    // Nobody listens once the scan has failed or has been cancelled.
                     if filled.send(outcome.map(|()| buffers)).is_err() || failed {
                         return;
                     }
@@ -49,7 +74,7 @@ pub fn scan_into<F: Fold>(
             });
             (ready, recycle)
         };
-        let readers: Vec<_> = (0..READERS).map(start).collect();
+        let readers: Vec<_> = (0..plan.readers).map(start).collect();
         for (batch, (ready, recycle)) in batches().zip(readers.iter().cycle()) {
             context.check()?;
             let mut buffers = ready.recv().map_err(|_| Error::Internal("reading ahead".to_owned()))??;
@@ -99,4 +124,68 @@ fn fold_batch<F: Fold>(
         partials.into_iter().try_for_each(|partial| fold.merge(total, partial))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::dtype::Dtype;
+    use crate::metrics::words::WordSum;
+    use crate::rows::Data;
+    use crate::scan::scan;
+
+    #[test]
+    fn batches_in_memory_keep_to_the_budget_and_are_one_block_at_least() {
+        for row in [1, 4096, 3 << 20, 164 << 20] {
+            for budget in [0, 1, 20 << 20, 100 << 20, 1 << 30, 8 << 30] {
+                let plan = Plan::new(16, row, budget);
+                let bytes = plan.readers * plan.each * plan.rows * row;
+                assert!(bytes <= budget.max(16 * row), "{row}, {budget}: {plan:?}");
+            }
+        }
+        assert_eq!(Plan::new(4096, 256, 1 << 30), Plan { readers: READERS, each: 2, rows: 4 * 4096 });
+        assert_eq!(Plan::new(1, 164 << 20, 1 << 30), Plan { readers: 3, each: 2, rows: 1 });
+        assert_eq!(Plan::new(1, 1 << 30, 1 << 30), Plan { readers: 1, each: 1, rows: 1 });
+    }
+
+    /// A row of one word for each number below 1000, and how many buffers have been filled for the first time.
+    struct Slow(Vec<f32>, AtomicUsize);
+
+    impl Source for Slow {
+        fn n_rows(&self) -> usize {
+            self.0.len()
+        }
+        fn d(&self) -> usize {
+            1
+        }
+        fn dtype(&self) -> Dtype {
+            Dtype::F32
+        }
+        fn read<'a>(&'a self, range: Range<usize>, buffer: &'a mut Buffer) -> Result<Rows<'a>> {
+            self.1.fetch_add(usize::from(buffer.words.is_empty()), Ordering::Relaxed);
+            let n = range.len();
+            buffer.bytes(n * 4).copy_from_slice(bytemuck::cast_slice(&self.0[range]));
+            buffer.rows(Dtype::F32, n, 1)
+        }
+        fn waits(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn small_budgets_take_fewer_buffers_to_the_same_sum() {
+        let words: Vec<f32> = (0..1003).map(f32::from_bits).collect();
+        for budget in [0, 40, 79, 80, 160, 281, 1 << 20] {
+            let (cancel, done) = (AtomicBool::new(false), AtomicU64::new(0));
+            let context = Context { cancel: &cancel, done: &done, memory_budget: budget };
+            let rows = Rows::new(Data::F32(&words), 1).unwrap();
+            let sum = scan(&[&rows], &WordSum, 10, &context).unwrap();
+            let source = Slow(words.clone(), AtomicUsize::new(0));
+            assert_eq!(scan(&[&source], &WordSum, 10, &context).unwrap(), sum);
+            let plan = Plan::new(10, 4, budget);
+            assert!(source.1.into_inner() <= plan.readers * plan.each, "{budget}: {plan:?}");
+        }
+    }
 }
