@@ -11,8 +11,8 @@ import numpy.typing as npt
 import polars as pl
 
 from microtome import _core, tensors
-from microtome.errors import DtypeError, ShapeError
-from microtome.store.places import places
+from microtome.errors import DtypeError
+from microtome.store.places import block_starts, places, run_of
 from microtome.store.tables import PLACE, ROW, ordered_join, row_schema, selected
 
 if TYPE_CHECKING:
@@ -109,9 +109,8 @@ class Activations:
         """Rows as a tensor (NumPy without torch): a number, a slice, row numbers or a mask."""
         if isinstance(rows, int | np.integer):
             return self[places(rows, len(self))][0]
-        if isinstance(rows, slice) and rows.step in (None, 1):
-            start, stop, _ = rows.indices(len(self))
-            return self._read(self._selection, start, max(start, stop))
+        if run := run_of(rows, len(self)):
+            return self._read(self._selection, *run)
         chosen = self._selection.take(places(rows, len(self)))
         return self._read(chosen, 0, len(chosen))
 
@@ -136,18 +135,15 @@ class Activations:
 
     def take(self, rows: Any) -> Activations:
         """The rows given (a slice, numbers or a mask), in their order; reads no activations."""
-        if isinstance(rows, slice) and rows.step in (None, 1):
-            start, stop, _ = rows.indices(len(self))
-            chosen = self._selection.slice(start, max(start, stop))
+        if run := run_of(rows, len(self)):
+            chosen = self._selection.slice(*run)
         else:
             chosen = self._selection.take(places(rows, len(self)))
         return Activations(self.store, self.hook, self.space, chosen, skipped=self.skipped)
 
     def blocks(self, n: int = 65_536) -> Iterator[Any]:
         """Tensors of at most ``n`` rows, (n, d), from the first row to the last."""
-        if n < 1:
-            raise ShapeError(f"n: expected at least 1 row per block, found {n}")
-        for start in range(0, len(self), n):
+        for start in block_starts(len(self), n):
             yield self[start : start + n]
 
     @property

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from microtome import _core
-from microtome.errors import ShapeError, StoreError
+from microtome.errors import StoreError
 from microtome.metrics.codes import RaggedCodes, SparseCodes, row_entries, row_pointers
-from microtome.store.places import places
+from microtome.store.places import block_starts, places, run_of
 
 __all__ = ["CODES", "StoredCodes", "StoredRaggedCodes", "codes_folder", "open_codes"]
 
@@ -65,9 +65,8 @@ class StoredColumn:
         return len(self._rows)
 
     def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
-        if isinstance(rows, slice) and rows.step in (None, 1):
-            start, stop, _ = rows.indices(len(self))
-            return np.asarray(self._rows.read(start, max(start, stop)))
+        if run := run_of(rows, len(self)):
+            return np.asarray(self._rows.read(*run))
         chosen = self._rows.take(places(rows, len(self)))
         return np.asarray(chosen.read(0, len(chosen)))
 
@@ -134,7 +133,7 @@ class StoredCodes(_Stored):
 
     def blocks(self, n: int = 65_536) -> Iterator[SparseCodes]:
         """Codes of at most ``n`` rows, from the first row to the last."""
-        for start in range(0, len(self), _checked(n)):
+        for start in block_starts(len(self), n):
             yield self[start : start + n]
 
 
@@ -177,9 +176,8 @@ class StoredRaggedCodes(_Stored):
         return f"StoredRaggedCodes({self.hook!r}, n={len(self)}, entries={entries}, d_sae={self.d_sae})"
 
     def __getitem__(self, rows: Any) -> RaggedCodes:
-        if isinstance(rows, slice) and rows.step in (None, 1):
-            start, stop, _ = rows.indices(len(self))
-            return self._side_by_side(start, stop, self._first_entry(start))
+        if run := run_of(rows, len(self)):
+            return self._side_by_side(*run, self._first_entry(run[0]))
         chosen = places(rows, len(self)).astype(np.int64)  # (m,)
         indptr, entries = row_entries(self._first_entries(chosen), self.fires[chosen])
         return RaggedCodes(indptr, self.indices[entries], self.values[entries], self.d_sae)
@@ -187,7 +185,7 @@ class StoredRaggedCodes(_Stored):
     def blocks(self, n: int = 65_536) -> Iterator[RaggedCodes]:
         """Codes of at most ``n`` rows, from the first row to the last; a block is all that is held."""
         first = 0
-        for start in range(0, len(self), _checked(n)):
+        for start in block_starts(len(self), n):
             block = self._side_by_side(start, min(start + n, len(self)), first)
             first += len(block.indices)
             yield block
@@ -228,9 +226,3 @@ class StoredRaggedCodes(_Stored):
             s = int(step[here[0]])
             first[here] = self._entries[s] + row_pointers(self._fires_of(s))[rows[here] - self._rows[s]]
         return first
-
-
-def _checked(n: int) -> int:
-    if n < 1:
-        raise ShapeError(f"n: expected at least 1 row per block, found {n}")
-    return n

@@ -1,4 +1,4 @@
-"""Which rows somebody asked for: a slice, row numbers or a mask."""
+"""Which rows somebody asked for: a slice, row numbers or a mask; and blocks of so many."""
 
 from __future__ import annotations
 
@@ -9,7 +9,26 @@ import numpy.typing as npt
 
 from microtome.errors import ShapeError
 
-__all__ = ["places"]
+__all__ = ["block_starts", "places", "run_of"]
+
+
+def run_of(rows: Any, n: int) -> tuple[int, int] | None:
+    """The places ``start..stop`` of ``0..n`` that a slice asks for, side by side; None for all else."""
+    if not isinstance(rows, slice) or rows.step not in (None, 1):
+        return None
+    start, stop, _ = rows.indices(n)
+    return start, max(start, stop)
+
+
+def block_starts(n_rows: int, n: int) -> range:
+    """Where blocks of ``n`` of ``n_rows`` rows begin.
+
+    Raises:
+        ShapeError: fewer than 1 row per block.
+    """
+    if n < 1:
+        raise ShapeError(f"n: expected at least 1 row per block, found {n}")
+    return range(0, n_rows, n)
 
 
 def places(rows: Any, n: int) -> npt.NDArray[np.uint64]:
