@@ -10,7 +10,7 @@ use super::{
 use crate::error::{Error, Result};
 use crate::kernels::gemm::select::Effort;
 use crate::kernels::gemm::{Certificate, Wanted};
-use crate::memory::zeros;
+use crate::memory::try_zeros;
 use crate::metrics::encode::{
     Activation, Encoder, Packing, RaggedBlock, Weights, Workspace, batch_threshold, trim,
 };
@@ -94,7 +94,10 @@ struct Run<'a> {
 impl Run<'_> {
     fn slots(&self, k: usize) -> Result<Codes> {
         let n = self.source.n_rows();
-        let (mut indices, mut values) = (zeros(n * k), zeros(n * k));
+        let slots = n.saturating_mul(k);
+        let hint = "Encode some rows at a time, or into a store";
+        let (mut indices, mut values) =
+            (try_zeros(slots, "encode", hint)?, try_zeros(slots, "encode", hint)?);
         let block = spread(n, slot_rows(k));
         fill_blocks(
             self.source,
