@@ -66,7 +66,7 @@ test-full: test-kill wheel  ## the long fault tiers as well
 	PYTHONPATH=$(abspath $(VENV)/wheel) $(BIN)/python -m pytest -m "not gpu"
 
 sanitize:  ## the kernels and the store under AddressSanitizer
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --quiet --target $$(rustc -vV | sed -n 's/host: //p') \
+	ASAN_OPTIONS=allocator_may_return_null=1 RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --quiet --target $$(rustc -vV | sed -n 's/host: //p') \
 		--target-dir $(TARGET)/asan --lib --test kernels_encode --test metrics_similarity --test store_roundtrip
 
 emulated:  ## kernel tests on AVX-512 and aarch64 in software, see tests/emulated
