@@ -213,7 +213,7 @@ def test_curve_runs_on_the_grid_of_mib():
 
 
 def test_circuits_of_one_call_share_the_other_runs():
-    """Clean, the replacements' and the empty run once, then a forward for each circuit; zeros need no run at all."""
+    """Two for the check, clean, the replacements' and the empty run once, then each circuit's; zeros need no run at all."""
     built = tiny("llama")
     pairs = pairs_of(built, 2, image=False)
     circuits = [mt.attribute(built.model, pairs).circuit(s) for s in (0.1, 0.2, 0.5)]
@@ -226,7 +226,7 @@ def test_circuits_of_one_call_share_the_other_runs():
         )
         faithfulness_of(built.model, pairs, circuits, ablation)
         handle.remove()
-        assert len(calls) == (2 if ablation == "zero" else 3) + len(circuits), ablation
+        assert len(calls) == 2 + (2 if ablation == "zero" else 3) + len(circuits), ablation
 
 
 def test_logit_difference_reads_the_last_position_of_prompts_without_padding():

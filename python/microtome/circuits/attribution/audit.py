@@ -14,7 +14,7 @@ from microtome.circuits.circuit.nodes import NAMES, Circuit
 from microtome.circuits.circuit.scores import NodeScores
 from microtome.circuits.forward.decoder import last_logits, logit_difference
 from microtome.circuits.forward.restore import left_as_found
-from microtome.circuits.pairs.pair_set import PairSet, as_pair_set, merge_pair
+from microtome.circuits.pairs.pair_set import PairSet, as_pair_set, check_first, merge_pair
 
 __all__ = [
     "Completeness",
@@ -88,6 +88,7 @@ def completeness(model: Any, pairs: PairSet, steps: int = 50, *, batch_size: int
     points = (0.0, *((i + 0.5) / steps for i in range(steps)), 1.0)
     totals = np.zeros(2)
     with left_as_found(model), torch.inference_mode(False):
+        check_first(adapter, pairs)
         for batch in pairs.batches(batch_size, model.device):
             clean, corrupted = merge_pair(adapter, batch)
             path = interpolated(

@@ -32,8 +32,8 @@ from microtome.circuits.circuit.edges import EdgeGraph
 from microtome.circuits.forward.attention import Watch, watched_attention
 from microtome.circuits.forward.decoder import Merged, logit_difference
 from microtome.circuits.forward.restore import left_as_found
-from microtome.circuits.forward.wiring import LETTERS, Seen, deepstack_deltas, watched_run
-from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set, merge_pair
+from microtome.circuits.forward.wiring import LETTERS, Seen, check_wiring, deepstack_deltas, watched_run
+from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set, check_first, merge_pair
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
@@ -63,7 +63,9 @@ def attribute_edges(
         progress: show a bar.
 
     Raises:
-        ShapeError: an unknown method, pairs that do not align, or a model without separate heads and MLP.
+        ShapeError: an unknown method, pairs that do not align, or a model whose layers do not add their attention
+            and then their MLP to the residual stream.
+        Error: the model changes hidden states between its decoder and its head.
 
     Example:
         >>> from microtome import organism
@@ -89,6 +91,7 @@ def attribute_edges(
         watched_attention(model) as watch,
         bar("edge attribution", len(pairs), progress, "pairs") as done,
     ):
+        check_wiring(adapter, check_first(adapter, pairs), watch)
         for batch in pairs.batches(batch_size, model.device, done):
             total += _batch(adapter, batch, points, watch)
     graph = EdgeGraph(adapter.n_layers, adapter.n_heads, adapter.d_model, np.zeros(shape, np.float32))

@@ -29,9 +29,8 @@ from microtome.circuits.attribution.settings import Method, Settings
 from microtome.circuits.attribution.streaming import Stream
 from microtome.circuits.circuit.nodes import Circuit
 from microtome.circuits.circuit.scores import NodeScores
-from microtome.circuits.forward.decoder import check_replay, merge
 from microtome.circuits.forward.restore import left_as_found
-from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
+from microtome.circuits.pairs.pair_set import PairSet, as_pair_set, check_first
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
@@ -96,9 +95,7 @@ def attribute(
         )
     adapter = adapt(model)
     with left_as_found(model):
-        first = next(pairs[:1].batches(1, model.device))
-        check_replay(adapter, first.clean, merge(adapter, first.clean))
-        del first  # a copy of the prompt with its picture
+        check_first(adapter, pairs)
         if method == "exact":
             return exact_scores(adapter, pairs, nodes, settings, batch_size, progress)
         plan = plan_run(adapter, pairs, settings, batch_size, parse_bytes(memory_budget))

@@ -25,7 +25,7 @@ from microtome.circuits.backpatch.choice import WINDOWS, BackPatch, Correct, Set
 from microtome.circuits.forward.decoder import last_logits, merge
 from microtome.circuits.forward.nodes import on_residuals
 from microtome.circuits.forward.restore import left_as_found
-from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set
+from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set, check_first
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
@@ -90,6 +90,7 @@ def back_patch(
     ids = _labels(pairs, labels, model.device)
     found = np.zeros((2, len(chosen) + 1, len(pairs)))
     with left_as_found(model), torch.no_grad(), bar("back-patching", len(pairs), progress, "prompts") as done:
+        check_first(adapter, pairs)
         for batch in pairs.batches(batch_size, model.device, done):
             found[:, :, list(batch.indices)] = _answers(
                 adapter, pairs, batch, chosen, ids, group, repeat_processing
@@ -220,6 +221,7 @@ def back_patch_iterated(
     ids = _labels(pairs, labels, model.device)
     correct = np.zeros((iterations + 1, len(pairs)), bool)
     with left_as_found(model), torch.no_grad():
+        check_first(adapter, pairs)
         for batch in pairs.batches(batch_size, model.device):
             merged, mask = merge(adapter, batch.clean), _mask(pairs, batch, group)
             put: dict[int, Tensor] = {}

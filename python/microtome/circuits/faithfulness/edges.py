@@ -22,7 +22,8 @@ from microtome.circuits.faithfulness.cut import EdgesCut
 from microtome.circuits.faithfulness.results import Curve, Faithfulness
 from microtome.circuits.forward.attention import watched_attention
 from microtome.circuits.forward.restore import left_as_found
-from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
+from microtome.circuits.forward.wiring import check_wiring
+from microtome.circuits.pairs.pair_set import PairSet, as_pair_set, check_first
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
@@ -49,7 +50,9 @@ def edge_faithfulness(
         progress: show a bar.
 
     Raises:
-        ShapeError: the graph has other layers or heads than the model, or pairs do not align.
+        ShapeError: the graph has other layers or heads than the model, pairs do not align, or layers do not add
+            their attention and then their MLP to the residual stream.
+        Error: the model changes hidden states between its decoder and its head.
 
     Example:
         >>> from microtome import organism
@@ -96,6 +99,7 @@ def edge_faithfulness_of(
         watched_attention(model) as watch,
         bar("edge faithfulness", len(pairs), progress, "pairs") as done,
     ):
+        check_wiring(adapter, check_first(adapter, pairs), watch)
         for batch in pairs.batches(batch_size, model.device, done):
             cut = EdgesCut.of(adapter, batch, watch)
             rows = [cut.difference(cut.logits(graph)) for graph in graphs]

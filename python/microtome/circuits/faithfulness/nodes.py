@@ -27,7 +27,7 @@ from microtome.circuits.faithfulness.results import Curve, Faithfulness
 from microtome.circuits.forward.decoder import last_logits, logit_difference
 from microtome.circuits.forward.nodes import NodeValues, node_values, on_nodes
 from microtome.circuits.forward.restore import left_as_found
-from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set, merge_pair
+from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set, check_first, merge_pair
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
@@ -115,6 +115,7 @@ def faithfulness_of(
             )
     differences = np.full((len(circuits) + 2, len(pairs)), np.nan)
     with left_as_found(model), torch.no_grad(), bar("faithfulness", len(pairs), progress, "pairs") as done:
+        check_first(adapter, pairs)
         replacements = Replacements(adapter, reference or pairs, pairs, ablation, seed, batch_size)
         for batch in pairs.batches(batch_size, model.device, done):
             differences[:, list(batch.indices)] = _differences(adapter, batch, circuits, replacements)

@@ -6,6 +6,7 @@ added to the stream behind the first layers.
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from microtome.circuits.forward.attention import Watch
 from microtome.circuits.forward.decoder import Merged, last_logits
+from microtome.errors import ShapeError
 
-__all__ = ["LETTERS", "Seen", "deepstack_deltas", "watched_run"]
+__all__ = ["LETTERS", "Seen", "check_wiring", "deepstack_deltas", "watched_run"]
 
 LETTERS = ("q", "k", "v")
 
@@ -96,14 +98,39 @@ def _keep(into: dict[int, Tensor], layer: int) -> Any:
     return lambda x: into.__setitem__(layer, x)
 
 
+def check_wiring(adapter: Any, merged: Merged, watch: Watch, tolerance: float = 1e-3) -> None:
+    """That each MLP reads the stream with what the attention wrote, and the next layer that with what the MLP wrote.
+
+    Raises:
+        ShapeError: they do not: attention and MLP side by side, or outputs scaled on their way into the stream.
+    """
+    with torch.no_grad():
+        seen, _ = watched_run(adapter, merged, watch)
+    streams = [seen.layer_in[layer.index] for layer in adapter.layers] + [seen.final_in[0]]
+    for i, (before, behind) in enumerate(itertools.pairwise(streams)):
+        attention, mlp = (seen.after.get(id(x), x) for x in (seen.attn_out[i], seen.mlp_out[i]))
+        behind = behind.float()
+        if i < len(merged.deepstack):
+            behind = behind - _at_visual(merged, merged.deepstack[i])
+        for name, source, written, found in (
+            ("MLP", before, attention, seen.mlp_in[i].float()), ("end", seen.mlp_in[i], mlp, behind),
+        ):  # fmt: skip
+            error = float((source.float() + written.float() - found).abs().max() / (found.abs().max() + 1e-6))
+            if error > (tolerance if source.dtype == torch.float32 else 0.05):
+                raise ShapeError(
+                    f"edges: {type(adapter.model).__name__}: expected each layer to add its attention and then its MLP to "
+                    f"the residual stream, found another sum at the {name} of layer {i} (relative difference {error:.2g})"
+                )
+
+
+def _at_visual(merged: Merged, features: Tensor) -> Tensor:
+    """DeepStack features at all positions, ``(b, p, d)`` in float32."""
+    x = torch.zeros_like(merged.embeds, dtype=torch.float32)
+    x[merged.visual()] = features.float()
+    return x
+
+
 def deepstack_deltas(clean: Merged, corrupted: Merged) -> list[Tensor]:
     """Counterfactual less clean DeepStack features at all positions, ``(b, p, d)``, by the layer that they follow."""
-    visual = clean.visual()
-    if visual is None:
-        return []
-    out = []
-    for a, b in zip(clean.deepstack, corrupted.deepstack, strict=True):
-        x = torch.zeros_like(clean.embeds, dtype=torch.float32)
-        x[visual] = b.float() - a.float()
-        out.append(x)
-    return out
+    pairs = zip(clean.deepstack, corrupted.deepstack, strict=True)
+    return [_at_visual(clean, b.float() - a.float()) for a, b in pairs]

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from microtome.circuits.forward.decoder import Merged, merge
+from microtome.circuits.forward.decoder import Merged, check_replay, merge
 from microtome.errors import ShapeError
 from microtome.evaluation.tasks import split_numbers
 
-__all__ = ["GROUPS", "PairBatch", "PairSet", "PreparedPair", "as_pair_set", "merge_pair"]
+__all__ = ["GROUPS", "PairBatch", "PairSet", "PreparedPair", "as_pair_set", "check_first", "merge_pair"]
 
 GROUPS = ("prefix", "data", "query", "generation")
 """Position groups in the order of a prompt; ``prefix`` is what precedes the data."""
@@ -238,6 +238,19 @@ def as_pair_set(pairs: Any) -> PairSet:
             "Call microtome.circuits.prepare(model, processor, pairs) first"
         )
     return pairs
+
+
+def check_first(adapter: Any, pairs: PairSet) -> Merged:
+    """The first clean prompt, from which the decoder says what the model says.
+
+    Raises:
+        Error: it does not.
+    """
+    with torch.no_grad():
+        first = next(pairs[:1].batches(1, adapter.model.device))
+        merged = merge(adapter, first.clean)
+        check_replay(adapter, first.clean, merged)
+    return merged
 
 
 def merge_pair(adapter: Any, batch: PairBatch) -> tuple[Merged, Merged]:

@@ -14,6 +14,9 @@ from microtome.circuits.study.sides import Side
 
 __all__ = ["step_costs"]
 
+N_CHECKED = 2
+"""Forwards of the check that the replay fits the model."""
+
 
 def step_costs(model: Any, sides: Mapping[tuple[str, str], Side], how: Options) -> pl.DataFrame:
     """One row per task, form and step: task, form, step, forwards, seconds.
@@ -41,13 +44,14 @@ def _forwards(model: Any, side: Side, how: Options) -> dict[str, int]:
     few = min(N_AUDITED, n_tested)
     nodes = 2 * how.n_exact
     settings = len(all_settings(adapter.n_layers, how.windows))
+    repaired = settings and side.has_other
     heads = min(how.n_heads, adapter.n_layers * adapter.n_heads // 2)
     return {
         "attribution": round(per_pair * n_found) + 2 * min(how.n_blocks, n_found),
-        "faithfulness": n_tested * (len(how.sizes) + 4),
+        "faithfulness": n_tested * (len(how.sizes) + 4) + N_CHECKED,
         "audit": round(few * (per_pair + 2 + nodes)) if how.n_exact else 0,
         "heads": n_found + n * (2 + how.n_controls) if heads else 0,
         "interchange": n_tested * (5 + 3 * (1 + how.n_random)) if how.n_random and side.has_other else 0,
         "alignment": 2 * n if side.has_other else 0,
-        "back-patching": n * (settings + 1) + (n - n // 2) * (N_ITERATIONS + 1) if settings and side.has_other else 0,
+        "back-patching": n * (settings + 1) + (n - n // 2) * (N_ITERATIONS + 1) + 2 * N_CHECKED if repaired else 0,
     }  # fmt: skip
