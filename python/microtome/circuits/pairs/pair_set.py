@@ -51,6 +51,8 @@ class PreparedPair:
     """What each clean position is: text, image or video."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Id, task, form, prompt and image of the clean side, where the source has them."""
+    number: int | None = None
+    """Number in the source, by which forms of the same prompts are matched; None where it is not known."""
 
     @property
     def length(self) -> int:

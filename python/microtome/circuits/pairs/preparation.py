@@ -12,7 +12,7 @@ import torch
 
 from microtome.circuits.forward.decoder import last_logits
 from microtome.circuits.forward.restore import left_as_found
-from microtome.circuits.pairs.pair_set import Align, PairSet, merge_pair
+from microtome.circuits.pairs.pair_set import Align, PairSet, PreparedPair, merge_pair
 from microtome.circuits.pairs.reading import read_pair
 from microtome.errors import ShapeError
 
@@ -53,10 +53,13 @@ def prepare(
         ShapeError: an answer is several tokens, both answers are the same, lengths differ under
             ``align="absolute"``, or nothing is left.
     """
-    prepared, dropped = [], []
+    prepared: list[PreparedPair] = []
+    numbers: list[int] = []
+    dropped: list[tuple[int, str]] = []
     for i, pair in enumerate(pairs):
         try:
-            prepared.append(read_pair(model, processor, pair, align))
+            prepared.append(replace(read_pair(model, processor, pair, align), number=i))
+            numbers.append(i)
         except ShapeError as error:
             if on_invalid == "raise":
                 raise ShapeError(f"pairs: pair {i}: {error}") from None
@@ -67,12 +70,12 @@ def prepare(
     if not correct_only:
         return found
     keep = answers_correctly(model, found, batch_size)
-    wrong = tuple((int(i), "answered wrongly") for i in np.flatnonzero(~keep))
+    wrong = [(numbers[i], "answered wrongly") for i in np.flatnonzero(~keep)]
     if not keep.any():
         raise ShapeError(
             f"pairs: correct_only: expected prompts that the model answers, found none of {len(found)}"
         )
-    return replace(found[np.flatnonzero(keep)], dropped=found.dropped + wrong)
+    return replace(found[np.flatnonzero(keep)], dropped=tuple(sorted(dropped + wrong)))
 
 
 def answers_correctly(model: Any, pairs: PairSet, batch_size: int = 16) -> npt.NDArray[np.bool_]:

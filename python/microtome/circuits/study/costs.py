@@ -52,6 +52,6 @@ def _forwards(model: Any, side: Side, how: Options) -> dict[str, int]:
         "audit": round(few * (per_pair + 2 + nodes)) if how.n_exact else 0,
         "heads": n_found + n * (2 + how.n_controls) if heads else 0,
         "interchange": n_tested * (5 + 3 * (1 + how.n_random)) if how.n_random and side.has_other else 0,
-        "alignment": 2 * n if side.has_other else 0,
+        "alignment": 2 * side.n_matched,
         "back-patching": n * (settings + 1) + (n - n // 2) * (N_ITERATIONS + 1) + 2 * N_CHECKED if repaired else 0,
     }  # fmt: skip

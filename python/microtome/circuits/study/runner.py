@@ -26,7 +26,7 @@ from microtome.circuits.study.clock import Clock
 from microtome.circuits.study.costs import step_costs
 from microtome.circuits.study.ledger import Ledger, Tables, file_name
 from microtome.circuits.study.options import FORMS, Options
-from microtome.circuits.study.sides import Side
+from microtome.circuits.study.sides import Side, matched
 from microtome.errors import ShapeError
 
 __all__ = ["Study", "run"]
@@ -127,6 +127,9 @@ def _check(tasks: Mapping[str, Mapping[str, PairSet]]) -> None:
         raise ShapeError(
             f"tasks: expected tasks with pairs of {' and '.join(FORMS)}, found {found or 'none'}"
         )
+    for task, forms in tasks.items():
+        if set(forms) == set(FORMS):
+            matched(task, forms)
 
 
 @dataclass(eq=False)
@@ -181,8 +184,7 @@ class _Runner:
         self.step(lambda: steps.overlap(sides, how), "overlap", task)
         if how.n_random:
             self.step(lambda: steps.swaps(model, sides, how, progress), "interchange", task)
-        n = min(len(side.everything) for side in sides.values())
-        seen, told = (sides[form].everything[:n] for form in FORMS)
+        seen, told = matched(task, {form: side.everything for form, side in sides.items()})
         self.step(lambda: {"alignment": alignment(model, seen, told, seed=how.seed)}, "alignment", task)
         if how.windows:
             self.step(lambda: steps.repair(model, sides, how, progress), "back-patching", task)

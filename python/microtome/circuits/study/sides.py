@@ -16,7 +16,7 @@ from microtome.circuits.pairs.preparation import answers_correctly
 from microtome.circuits.study.options import FORMS, Options
 from microtome.errors import ShapeError
 
-__all__ = ["Side"]
+__all__ = ["Side", "matched"]
 
 _LEAST_PAIRS = 4
 
@@ -30,6 +30,8 @@ class Side:
     discovery: PairSet
     evaluation: PairSet
     has_other: bool
+    n_matched: int
+    """Pairs that the other form has too."""
     blocks: Blocks = field(init=False)
     circuit: Circuit = field(init=False)
     size: float = field(init=False)
@@ -49,4 +51,30 @@ class Side:
                 f"{int(right.sum())} of {len(pairs)}"
             )
         discovery, evaluation = pairs[np.flatnonzero(right)].split(how.fraction, how.seed)
-        return cls(pairs, right, discovery, evaluation, set(forms) == set(FORMS))
+        has_other = set(forms) == set(FORMS)
+        n_matched = len(matched(task, forms)[0]) if has_other else 0
+        return cls(pairs, right, discovery, evaluation, has_other, n_matched)
+
+
+def matched(task: str, forms: Mapping[str, PairSet]) -> tuple[PairSet, PairSet]:
+    """The pairs that both forms have, by their numbers in the source, in one order.
+
+    Raises:
+        ShapeError: the forms share no number, or have none and differ in length.
+    """
+    seen, told = (forms[form] for form in FORMS)
+    places = [{pair.number: i for i, pair in enumerate(form)} for form in (seen, told)]
+    if any(None in of for of in places):
+        if len(seen) != len(told):
+            raise ShapeError(
+                f"{task}: expected pairs numbered by their source or as many of each form, found {len(seen)} and "
+                f"{len(told)} without numbers. Prepare both forms with prepare()"
+            )
+        return seen, told
+    shared = [number for number in places[0] if number in places[1]]
+    if not shared or any(len(of) < len(form) for of, form in zip(places, (seen, told), strict=True)):
+        raise ShapeError(
+            f"{task}: expected visual and textual pairs of the same source, each once, found {len(shared)} numbers "
+            f"shared by {len(seen)} and {len(told)} pairs"
+        )
+    return seen[[places[0][n] for n in shared]], told[[places[1][n] for n in shared]]
