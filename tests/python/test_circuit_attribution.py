@@ -1,6 +1,7 @@
 """Attribution: exact where theory says so, complete, the same by every way of running it, and on every family."""
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from circuit_cases import assert_same_state, linear_model, pairs_of, state, tiny
 from microtome.capture.models import adapt
 from microtome.circuits import estimate, prepare
 from microtome.circuits.forward.decoder import last_logits, logit_difference, merge
+from microtome.circuits.pairs.fingerprints import pairs_fingerprint
 from microtome.errors import ShapeError, StoreError
 
 METHODS = ["plain", "ig", "clean_corrupted", "ig_activations"]
@@ -267,6 +269,32 @@ def test_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path, monkeypatch
     assert len(calls) == n_calls, "a finished run is not run again"
     with pytest.raises(StoreError, match="found another one"):
         mt.attribute(built.model, pairs[:3], out=tmp_path / "run", **arguments)
+
+
+def test_a_run_is_of_its_spans_partners_and_tensors_alone(tmp_path):
+    """Other spans, partners, shapes or dtypes are other pairs, however alike their numbers are."""
+    built = tiny("llama")
+    pairs = pairs_of(built, 2, image=False)
+    raw = [{"clean": p.clean, "corrupted": p.corrupted, "answer": p.answer, "corrupted_answer": p.corrupted_answer}
+           for p in pairs]  # fmt: skip
+    by_span = [
+        prepare(
+            built.model, None, [{**r, "spans": {"data": list(range(1, 3 + i))}} for r in raw], align="spans"
+        )
+        for i in (0, 1)
+    ]
+    mt.attribute(built.model, by_span[0], "plain", out=tmp_path)
+    with pytest.raises(StoreError, match="found another one"):
+        mt.attribute(built.model, by_span[1], "plain", out=tmp_path)
+    first = pairs.pairs[0]
+    mask = first.clean["attention_mask"]
+    others = [
+        replace(first, partner=first.partner[::-1]),
+        replace(first, clean=first.clean | {"attention_mask": mask.bool()}),
+        replace(first, clean=first.clean | {"attention_mask": mask.reshape(-1)}),
+    ]
+    told = {pairs_fingerprint(replace(pairs, pairs=(one,))) for one in (first, *others)}
+    assert len(told) == 4
 
 
 def test_bf16_models_are_scored_in_float32():

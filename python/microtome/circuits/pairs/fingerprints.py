@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 
 from microtome.circuits.pairs.pair_set import PairSet
@@ -47,11 +48,14 @@ def _bit_sums(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def pairs_fingerprint(pairs: PairSet) -> str:
-    """16 hexadecimal digits of every tensor and answer of the pairs, in their order."""
+    """16 hexadecimal digits of every tensor, answer, span and partner of the pairs, in their order."""
     digest = hashlib.blake2b(pairs.align.encode(), digest_size=8)
     for pair in pairs:
         for side in (pair.clean, pair.corrupted):
             for name, x in sorted(side.items()):
-                digest.update(name.encode() + x.detach().cpu().contiguous().float().numpy().tobytes())
+                digest.update(f"{name} {x.dtype} {tuple(x.shape)};".encode())
+                digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        spans = {group: np.asarray(positions).tolist() for group, positions in sorted(pair.spans.items())}
+        digest.update(f"{spans} {np.asarray(pair.partner).tolist()} {pair.kinds}".encode())
         digest.update(f"{pair.answer} {pair.corrupted_answer};".encode())
     return digest.hexdigest()
