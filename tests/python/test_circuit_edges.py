@@ -15,7 +15,7 @@ from microtome.circuits.forward.attention import watched_attention
 from microtome.circuits.forward.decoder import logit_difference
 from microtome.circuits.forward.wiring import deepstack_deltas
 from microtome.circuits.pairs.pair_set import merge_pair
-from microtome.errors import ShapeError
+from microtome.errors import NonFiniteError, ShapeError
 
 
 def split_forward(model, embeds, edges=None, corrupted=()):
@@ -191,3 +191,23 @@ def test_json_of_eap_ig_goes_out_and_in(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ShapeError, match="expected keys cfg, nodes and edges"):
         EdgeGraph.from_json(tmp_path / "bad.json")
+
+
+def test_pairs_whose_logits_are_not_finite_are_counted_and_left_out():
+    built = tiny_models.build("llama")
+    model = built.model.eval()
+    pairs = pairs_of(built, 3, image=False)
+    token = 63
+    for pair in pairs.pairs:
+        for side in (pair.clean, pair.corrupted):
+            side["input_ids"][side["input_ids"] == token] = 62
+    pairs.pairs[1].clean["input_ids"][0, 1] = token
+    alone = attribute_edges(model, pairs[[0, 2]], steps=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    found = attribute_edges(model, pairs, steps=2)
+    assert (found.facts["n_pairs"], found.facts["n_skipped"]) == (2, 1)
+    np.testing.assert_allclose(found.scores, alone.scores, atol=1e-7)
+    pairs.pairs[0].corrupted["input_ids"][0, 1] = token
+    with pytest.raises(NonFiniteError, match="edge attribution: scores"):
+        attribute_edges(model, pairs, steps=2)

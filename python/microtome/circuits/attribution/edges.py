@@ -27,6 +27,7 @@ from torch import Tensor
 
 from microtome._core import __version__
 from microtome.capture.layers import linear_weight
+from microtome.circuits.attribution.passes import finite_pairs, require_finite
 from microtome.circuits.attribution.path import interpolated
 from microtome.circuits.circuit.edges import EdgeGraph
 from microtome.circuits.forward.attention import Watch, watched_attention
@@ -62,10 +63,13 @@ def attribute_edges(
         batch_size: pairs per forward.
         progress: show a bar.
 
+    Pairs whose logit difference is not finite are left out and counted in the facts, as ``n_skipped``.
+
     Raises:
         ShapeError: an unknown method, pairs that do not align, or a model whose layers do not add their attention
             and then their MLP to the residual stream.
         Error: the model changes hidden states between its decoder and its head.
+        NonFiniteError: a score is NaN or infinite although its logit difference is not.
 
     Example:
         >>> from microtome import organism
@@ -84,7 +88,7 @@ def attribute_edges(
         raise ShapeError("pairs: expected counterfactuals of equal length, found unequal ones")
     adapter = adapt(model)
     shape = (1 + adapter.n_layers * (adapter.n_heads + 1), adapter.n_layers * (3 * adapter.n_heads + 1) + 1)
-    total = torch.zeros(shape, dtype=torch.float64, device=model.device)
+    total, n_pairs = torch.zeros(shape, dtype=torch.float64, device=model.device), 0
     with (
         left_as_found(model),
         torch.inference_mode(False),
@@ -93,11 +97,13 @@ def attribute_edges(
     ):
         check_wiring(adapter, check_first(adapter, pairs), watch)
         for batch in pairs.batches(batch_size, model.device, done):
-            total += _batch(adapter, batch, points, watch)
+            found, n = _batch(adapter, batch, points, watch)
+            total, n_pairs = total + found, n_pairs + n
     graph = EdgeGraph(adapter.n_layers, adapter.n_heads, adapter.d_model, np.zeros(shape, np.float32))
-    scores = (total / len(pairs)).cpu().numpy().astype(np.float32)
+    scores = (total / n_pairs).cpu().numpy().astype(np.float32)
     facts = {
         "method": method, "steps": steps, "endpoint": endpoint, "model": type(model).__name__, "version": __version__,
+        "n_pairs": n_pairs, "n_skipped": len(pairs) - n_pairs,
     }  # fmt: skip
     return EdgeGraph(
         graph.n_layers, graph.n_heads, graph.d_model, np.where(graph.real, scores, 0), None, facts
@@ -144,11 +150,12 @@ def _fixed_scale(seen: Seen, output: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, normed.float() / torch.where(x == 0, 1.0, x))
 
 
-def _batch(adapter: Any, batch: PairBatch, points: tuple[float, ...], watch: Watch) -> Tensor:
-    """Sum of the edge scores of a batch, (sources, destinations)."""
+def _batch(adapter: Any, batch: PairBatch, points: tuple[float, ...], watch: Watch) -> tuple[Tensor, int]:
+    """Sum of the edge scores of a batch, (sources, destinations), and over how many of its pairs."""
     clean, corrupted = merge_pair(adapter, batch)
     delta = _sources(adapter, corrupted, watch) - _sources(adapter, clean, watch)
-    added = deepstack_deltas(clean, corrupted)
+    usable = finite_pairs(adapter, clean, batch)
+    delta, added = delta[:, usable], [x[usable] for x in deepstack_deltas(clean, corrupted)]
     out = torch.zeros(len(delta), 0, dtype=torch.float64, device=delta.device)
     grads: list[Tensor] = []
     for point in points:
@@ -161,8 +168,10 @@ def _batch(adapter: Any, batch: PairBatch, points: tuple[float, ...], watch: Wat
     for layer, grad in enumerate(grads):  # (destinations of the layer, b, p, d); the last entry is the logits
         if 0 < layer <= len(added):
             delta[0] += added[layer - 1]
-        columns.append(torch.einsum("sbpd,tbpd->st", delta, grad / len(points)).double())
-    return torch.cat([out, *columns], 1)
+        columns.append(torch.einsum("sbpd,tbpd->st", delta, grad[:, usable] / len(points)).double())
+    scores = torch.cat([out, *columns], 1)
+    require_finite(scores, "edge attribution: scores")
+    return scores, int(usable.sum())
 
 
 def _input_gradients(adapter: Any, batch: PairBatch, merged: Merged, watch: Watch) -> list[Tensor]:

@@ -19,7 +19,7 @@ from microtome.circuits.forward.nodes import NodeValues, node_values, on_nodes
 from microtome.circuits.pairs.pair_set import PairBatch, merge_pair
 from microtome.errors import NonFiniteError
 
-__all__ = ["Accumulator", "add_batch"]
+__all__ = ["Accumulator", "add_batch", "finite_pairs", "require_finite"]
 
 
 @dataclass(eq=False)
@@ -48,7 +48,7 @@ def add_batch(
     """Add the scores of a batch to ``total``. Pairs whose logit difference is not finite are counted and left out."""
     clean, corrupted = merge_pair(adapter, batch)
     reference = node_values(adapter, corrupted, tile.layers, batch.partner[:, tile.positions])
-    usable = _finite_pairs(adapter, clean, batch)
+    usable = finite_pairs(adapter, clean, batch)
     add = _Add(batch, settings, tile, total, reference, usable)
     if settings.method == "ig_activations":
         _along_activations(adapter, clean, batch, settings, tile, add)
@@ -59,7 +59,8 @@ def add_batch(
     total.batches_done += 1
 
 
-def _finite_pairs(adapter: Any, clean: Merged, batch: PairBatch) -> Tensor:
+def finite_pairs(adapter: Any, clean: Merged, batch: PairBatch) -> Tensor:
+    """Which pairs have a finite logit difference. Shape ``(b,)``."""
     with torch.no_grad():
         values = logit_difference(last_logits(adapter, clean), batch.answers, batch.corrupted_answers)
     return torch.isfinite(values)
@@ -103,7 +104,7 @@ class _Add:
                     slope += earlier[row, at]
                 product = (reference[row, at].float() - clean[row, at].float()) * slope
                 product /= len(self.settings.points)
-                _require_finite(product, f"attribution: layer {layer} {kind}: gradients")
+                require_finite(product, f"attribution: layer {layer} {kind}: gradients")
                 scores = self._reduced(kind, product)
                 sums.index_add_(
                     0, slots[at], scores.abs() if distinct and not self.settings.signed else scores
@@ -170,7 +171,7 @@ def _put(values: Tensor, wanted: NodeKind) -> Any:
     return lambda kind, _layer, _x: values if kind == wanted else None
 
 
-def _require_finite(values: Tensor, what: str) -> None:
+def require_finite(values: Tensor, what: str) -> None:
     """Refuse NaN and infinity.
 
     Raises:
