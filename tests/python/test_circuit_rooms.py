@@ -11,6 +11,7 @@ import pytest
 from test_architecture import PACKAGE, imports
 
 CIRCUIT_FLOORS = [
+    {"choices"},
     {"statistics", "circuit"},
     {"forward"},
     {"pairs"},

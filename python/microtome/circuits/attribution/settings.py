@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from microtome.circuits.choices import require_one_of
 from microtome.errors import ShapeError
 
 __all__ = ["METHODS", "Method", "Settings"]
@@ -35,10 +36,7 @@ class Settings:
             "head_reduce": ("abs_sum", "sum_abs"),
         }
         for name, allowed in options.items():
-            if getattr(self, name) not in allowed:
-                raise ShapeError(
-                    f"{name}: expected one of {', '.join(allowed)}, found {getattr(self, name)!r}"
-                )
+            require_one_of(name, getattr(self, name), allowed)
         if self.steps < 1:
             raise ShapeError(f"steps: expected 1 or more, found {self.steps}")
 

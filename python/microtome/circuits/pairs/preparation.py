@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from microtome.circuits.choices import require_one_of
 from microtome.circuits.forward.decoder import last_logits
 from microtome.circuits.forward.restore import left_as_found
 from microtome.circuits.pairs.pair_set import Align, PairSet, PreparedPair, merge_pair
@@ -39,9 +40,10 @@ def prepare(
         pairs: objects with ``clean`` and ``corrupted`` (each with ``prompt`` and ``image``), ``answer``,
             ``corrupted_answer`` and optionally ``spans``; or mappings with the same keys; or mappings whose
             ``clean`` and ``corrupted`` are tensors already and whose answers are token ids. ``spans`` name token
-            positions of ``data``, ``query`` and ``generation``. Without them data are the image tokens, or the
-            tokens of the text under the key ``data`` of a prompt; the query is everything from there to the last
-            token but one; the generation is the last.
+            positions of ``data``, ``query`` and ``generation``, runs that follow each other up to the last token;
+            those of ``data`` hold for both prompts, and the generation is as long in both. Without them data are the
+            image tokens, or the tokens of the text under the key ``data`` of a prompt; the generation is the last
+            token; the query is everything between the two.
         align: ``"absolute"`` for one template (positions compare one by one), ``"spans"`` for natural
             prompts.
         correct_only: keep the pairs whose two prompts the model answers correctly.
@@ -50,9 +52,12 @@ def prepare(
         batch_size: prompts per forward when answers are checked.
 
     Raises:
-        ShapeError: an answer is several tokens, both answers are the same, lengths differ under
+        ShapeError: an option is not one of those there are, an answer is several tokens or no token of the model, both
+            answers are the same, spans are no runs of positions in this order, lengths differ under
             ``align="absolute"``, or nothing is left.
     """
+    require_one_of("align", align, get_args(Align))
+    require_one_of("on_invalid", on_invalid, ("raise", "drop"))
     prepared: list[PreparedPair] = []
     numbers: list[int] = []
     dropped: list[tuple[int, str]] = []

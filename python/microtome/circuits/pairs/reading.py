@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from microtome.circuits.choices import require_one_of
 from microtome.circuits.pairs.pair_set import GROUPS, Align, Inputs, Positions, PreparedPair
 from microtome.errors import ShapeError
 
@@ -26,13 +27,17 @@ def read_pair(model: Any, processor: Any, pair: Any, align: Align) -> PreparedPa
 
     adapter = adapt(model)
     sides = {side: _inputs(model, processor, _part(pair, side), side) for side in ("clean", "corrupted")}
-    answer = answer_id(processor, _part(pair, "answer"))
-    corrupted_answer = answer_id(processor, _part(pair, "corrupted_answer"))
+    answer, corrupted_answer = (
+        _known(model, name, answer_id(processor, _part(pair, name)))
+        for name in ("answer", "corrupted_answer")
+    )
     if answer == corrupted_answer:
         raise ShapeError(f"answers: expected two different tokens, found {_part(pair, 'answer')!r} twice")
     kinds = {side: _kinds(adapter, x["input_ids"]) for side, x in sides.items()}
     given = _part(pair, "spans", None)
-    spans = {side: _spans(processor, _part(pair, side), kinds[side], given) for side in sides}
+    runs = {} if given is None else _runs(given, len(kinds["clean"]))
+    spans = {side: _spans(processor, _part(pair, side), kinds[side], runs) for side in sides}
+    _require_spans(spans["clean"], runs)
     if kinds["clean"] == kinds["corrupted"]:
         partner: Positions = np.arange(len(kinds["clean"]))
     elif align == "absolute":
@@ -106,11 +111,15 @@ def answer_id(processor: Any, answer: str | int) -> int:
     """The token id of an answer: as written, else with a space before it.
 
     Raises:
-        ShapeError: the answer is several tokens either way.
+        ShapeError: the answer is several tokens either way, or neither text nor a number.
     """
-    if isinstance(answer, int | np.integer):
+    if isinstance(answer, int | np.integer) and not isinstance(answer, bool):
         return int(answer)
+    if not isinstance(answer, str):
+        raise ShapeError(f"answer: expected text or a token id, found {answer!r}")
     tokenizer = _tokenizer(processor)
+    if tokenizer is None:
+        raise ShapeError(f"processor: expected a tokenizer for the answer {answer!r}, found none")
     for text in (answer, f" {answer}"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
@@ -118,27 +127,77 @@ def answer_id(processor: Any, answer: str | int) -> int:
     raise ShapeError(f"answer: expected one token, found {len(ids)} for {answer!r}")
 
 
+def _known(model: Any, name: str, token: int) -> int:
+    n = model.config.get_text_config().vocab_size
+    if not 0 <= token < n:
+        raise ShapeError(f"{name}: expected a token id from 0 to {n - 1}, found {token}")
+    return token
+
+
 def _kinds(adapter: Any, input_ids: torch.Tensor) -> tuple[str, ...]:
     return tuple(_KIND_NAMES[int(kind)] for kind in adapter.row_kinds(input_ids).reshape(-1))
 
 
-def _spans(processor: Any, side: Any, kinds: tuple[str, ...], given: Any) -> dict[str, Positions]:
+def _runs(given: Any, length: int) -> dict[str, Positions]:
+    """Spans as a person writes them, each a run of positions."""
+    if not isinstance(given, Mapping):
+        raise ShapeError(f"spans: expected positions by group, found {type(given).__name__}")
+    runs = {}
+    for group, positions in given.items():
+        require_one_of("spans", group, GROUPS)
+        found = np.asarray(positions)
+        if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+            raise ShapeError(f"spans: {group}: expected a list of whole numbers, found {positions!r}")
+        run = np.sort(found.astype(np.int64))
+        if group != "generation":
+            _require_before(group, run, length - 1, length)
+        if (np.diff(run) != 1).any():
+            raise ShapeError(
+                f"spans: {group}: expected positions without a gap, each once, found {run.tolist()}"
+            )
+        runs[group] = run
+    return runs
+
+
+def _require_before(group: str, run: Positions, end: int, length: int) -> None:
+    if len(run) and not (run[0] >= 0 and run[-1] < end):
+        raise ShapeError(
+            f"spans: {group}: expected positions before the last of {length} tokens, found "
+            f"{run[0] if run[0] < 0 else run[-1]}"
+        )
+
+
+def _require_spans(spans: Mapping[str, Positions], runs: Mapping[str, Positions]) -> None:
+    """That the groups lie where they were said to lie."""
+    for group, run in runs.items():
+        if not np.array_equal(spans[group], run):
+            raise ShapeError(
+                f"spans: {group}: expected {_told(spans[group])}, so that {', '.join(GROUPS)} follow each other, found "
+                f"{_told(run)}"
+            )
+
+
+def _told(run: Positions) -> str:
+    return f"positions {run[0]} to {run[-1]}" if len(run) else "no position"
+
+
+def _spans(
+    processor: Any, side: Any, kinds: tuple[str, ...], runs: Mapping[str, Positions]
+) -> dict[str, Positions]:
     """Positions of the four groups; together they hold every position once."""
     length = len(kinds)
-    if given is not None:
-        data: Positions = np.asarray(sorted(given["data"]), np.int64)
+    first = length - max(1, len(runs.get("generation", ())))
+    if "data" in runs:
+        data = runs["data"]
     elif any(kind != "text" for kind in kinds):
         shown = np.flatnonzero(np.array(kinds) != "text")
         data = np.arange(shown[0], shown[-1] + 1)  # row breaks inside an image belong to it
     else:
         data = _text_span(processor, side, length)
-    if len(data) and not (data[0] >= 0 and data[-1] < length - 1):
-        raise ShapeError(
-            f"spans: data: expected positions before the last of {length} tokens, found {data[-1]}"
-        )
+    _require_before("data", data, first, length)
     start, stop = (int(data[0]), int(data[-1]) + 1) if len(data) else (0, 0)
-    spans = {"prefix": np.arange(start), "data": np.arange(start, stop), "query": np.arange(stop, length - 1)}
-    return {**spans, "generation": np.arange(length - 1, length)}
+    spans = {"prefix": np.arange(start), "data": np.arange(start, stop), "query": np.arange(stop, first)}
+    return {**spans, "generation": np.arange(first, length)}
 
 
 def _text_span(processor: Any, side: Any, length: int) -> Positions:
