@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from circuit_cases import tiny
+from circuit_cases import pairs_of, tiny
 from microtome.circuits import prepare
 from microtome.errors import ShapeError
 
@@ -62,3 +62,30 @@ def test_a_generation_is_as_long_in_a_counterfactual_of_another_length():
     pair["corrupted"] = tiny("llama").batch((8,), seed=1)
     (one,) = prepare(model, None, [pair], align="spans")
     np.testing.assert_array_equal(one.partner, [0, 1, 2, 3, 6, 7, 8])
+
+
+@pytest.mark.parametrize(
+    ("index", "numbers"),
+    [
+        (np.array([False, True, False, True]), [1, 3]),
+        ([False, True, True, False], [1, 2]),
+        (np.array([2, 0], np.uint8), [2, 0]),
+        ([-1], [3]),
+        (slice(1, 3), [1, 2]),
+    ],
+)
+def test_pairs_are_chosen_by_mask_or_by_place(index, numbers):
+    pairs = pairs_of(tiny("llama"), 4, image=False)
+    assert [pair.number for pair in pairs[index]] == numbers
+
+
+@pytest.mark.parametrize(("index", "message"), [
+    (np.array([True, False]), "expected a mask of 4 pairs, found one of 2"),
+    ([0, 4], "expected places below 4, found 4"), ([-5], "expected places below 4, found -5"),
+    ([0.5], "expected a slice, a list of places or a mask"), (0, "expected a slice, a list of places or a mask, found 0"),
+    ([False] * 4, "expected at least one pair, found none"),
+])  # fmt: skip
+def test_other_choices_are_refused(index, message):
+    pairs = pairs_of(tiny("llama"), 4, image=False)
+    with pytest.raises(ShapeError, match=message):
+        pairs[index]

@@ -131,9 +131,26 @@ class PairSet:
     def __iter__(self) -> Iterator[PreparedPair]:
         return iter(self.pairs)
 
-    def __getitem__(self, index: slice | Sequence[int] | npt.NDArray[np.int64]) -> PairSet:
-        chosen = self.pairs[index] if isinstance(index, slice) else tuple(self.pairs[int(i)] for i in index)
-        return replace(self, pairs=tuple(chosen))
+    def __getitem__(
+        self, index: slice | Sequence[int] | npt.NDArray[np.int64] | npt.NDArray[np.bool_]
+    ) -> PairSet:
+        if isinstance(index, slice):
+            return replace(self, pairs=self.pairs[index])
+        return replace(self, pairs=tuple(self.pairs[i] for i in self._places(index)))
+
+    def _places(self, index: Any) -> Positions:
+        """Places of the chosen pairs: of a mask of all pairs, or as they are given."""
+        chosen, n = np.asarray(index), len(self)
+        if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "biu"):
+            raise ShapeError(f"pairs: index: expected a slice, a list of places or a mask, found {index!r}")
+        if chosen.dtype == bool:
+            if len(chosen) != n:
+                raise ShapeError(f"pairs: index: expected a mask of {n} pairs, found one of {len(chosen)}")
+            return np.flatnonzero(chosen)
+        outside = chosen[(chosen < -n) | (chosen >= n)]
+        if outside.size:
+            raise ShapeError(f"pairs: index: expected places below {n}, found {outside[0]}")
+        return chosen.astype(np.int64)
 
     @property
     def n_slots(self) -> int:
