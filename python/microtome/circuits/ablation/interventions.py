@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from microtome.circuits.ablation.replacements import mean_values
+from microtome.circuits.choices import require_one_of
 from microtome.circuits.forward.restore import left_as_found
 from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
 from microtome.errors import ShapeError
@@ -52,8 +53,7 @@ def ablate_features(
     """
     from microtome.capture.models import adapt
 
-    if positions not in ("text", "image", "all"):
-        raise ShapeError(f"positions: expected text, image or all, found {positions!r}")
+    require_one_of("positions", positions, get_args(Positions))
     adapter = adapt(model)
     bases = {layer: _basis(adapter, layer, vectors) for layer, vectors in directions.items()}
     where = _Where(adapter, positions)
@@ -147,6 +147,7 @@ def ablate_heads(
     """
     from microtome.capture.models import adapt
 
+    require_one_of("positions", positions, get_args(Positions))
     adapter = adapt(model)
     of_layer: dict[int, list[int]] = {}
     for layer, head in heads:

@@ -12,6 +12,7 @@ import torch
 
 from microtome.circuits.forward.restore import left_as_found
 from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
+from microtome.circuits.pairs.reading import require_token
 from microtome.circuits.statistics import Interval, bootstrap, mcnemar
 from microtome.errors import ShapeError
 from microtome.progress import bar
@@ -76,7 +77,7 @@ def outcome(
         progress: show a bar.
 
     Raises:
-        ShapeError: an answer is in no group, or in several.
+        ShapeError: an answer is in no group, or in several; or a token is not one of the model's.
     """
     items = as_pair_set(items)
     if groups is None:
@@ -84,6 +85,8 @@ def outcome(
     place = {token: number for number, group in enumerate(groups) for token in group}
     if len(place) != sum(len(group) for group in groups):
         raise ShapeError("groups: expected every token in one group, found a token in several")
+    for token in place:
+        require_token(model, "groups", token)
     missing = {item.answer for item in items} - set(place)
     if missing:
         raise ShapeError(f"groups: expected every answer in a group, found {sorted(missing)} in none")

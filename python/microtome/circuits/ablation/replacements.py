@@ -14,7 +14,7 @@ from microtome.circuits.forward.nodes import NodeValues, node_values, partnered
 from microtome.circuits.pairs.pair_set import PairBatch, PairSet
 from microtome.errors import ShapeError
 
-__all__ = ["ABLATIONS", "Ablation", "Replacements", "mean_values"]
+__all__ = ["ABLATIONS", "Ablation", "Replacements", "mean_values", "require_one_layout"]
 
 Ablation = Literal["counterfactual", "mean", "mean_positional", "zero", "resample"]
 ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
@@ -56,6 +56,20 @@ class Replacements:
                     raise ShapeError("resample: expected prompts of one length, found several")
                 into[list(donor.indices)] = x
         return values
+
+
+def require_one_layout(reference: PairSet, pairs: PairSet) -> None:
+    """Refuse means over positions that are not those of the pairs.
+
+    Raises:
+        ShapeError: positions or groups differ.
+    """
+    ours, theirs = ((x.align, x.n_slots, x.groups) for x in (pairs, reference))
+    if ours != theirs:
+        raise ShapeError(
+            f"reference: expected the {ours[1]} positions and the groups of the pairs, found {theirs[1]} positions"
+            f"{' in other groups' if ours[1] == theirs[1] else ''}. Use one template, or ablation='mean'"
+        )
 
 
 def _donors(reference: PairSet, pairs: PairSet, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -15,6 +15,7 @@ from microtome.circuits.circuit.scores import NodeScores
 from microtome.circuits.forward.decoder import last_logits, logit_difference
 from microtome.circuits.forward.restore import left_as_found
 from microtome.circuits.pairs.pair_set import PairSet, as_pair_set, check_first, merge_pair
+from microtome.errors import ShapeError
 
 __all__ = [
     "Completeness",
@@ -80,10 +81,15 @@ def completeness(model: Any, pairs: PairSet, steps: int = 50, *, batch_size: int
 
     The sum over embeddings and DeepStack features of (e - e') times the mean gradient tends to LD(e) - LD(e')
     as steps grow.
+
+    Raises:
+        ShapeError: ``steps`` is below 1.
     """
     from microtome.capture.models import adapt
 
     pairs = as_pair_set(pairs)
+    if steps < 1:
+        raise ShapeError(f"steps: expected 1 or more, found {steps}")
     adapter = adapt(model)
     points = (0.0, *((i + 0.5) / steps for i in range(steps)), 1.0)
     totals = np.zeros(2)

@@ -23,6 +23,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from microtome.circuits.choices import require_one_of
 from microtome.circuits.forward.attention import Watch, watched_attention
 from microtome.circuits.forward.decoder import Merged, decode, merge
 from microtome.circuits.forward.nodes import on_residuals
@@ -151,8 +152,7 @@ def feature_attribution(
         )
     options = {"method": (method, ("A", "B")), "targets": (targets, ("text", "argmax", "last"))}
     for name, (found, allowed) in options.items():
-        if found not in allowed:
-            raise ShapeError(f"{name}: expected one of {', '.join(allowed)}, found {found!r}")
+        require_one_of(name, found, allowed)
     if not sites or set(sites) - {"q", "k", "z"}:
         raise ShapeError(f"sites: expected some of q, k, z, found {sites}")
     totals: dict[str, npt.NDArray[np.float64]] = {

@@ -50,7 +50,7 @@ def alignment(
         centred_low, centred_high, n_zero (tokens with a zero vector, left out).
 
     Raises:
-        ShapeError: the two forms differ in number, or a prompt has no such positions.
+        ShapeError: the two forms differ in number, ``top`` is no share, or a prompt has no such positions.
 
     Example:
         >>> from microtome import organism
@@ -65,6 +65,8 @@ def alignment(
     as_pair_set(visual), as_pair_set(textual)
     if len(visual) != len(textual):
         raise ShapeError(f"textual: expected {len(visual)} prompts like visual, found {len(textual)}")
+    if top is not None and not 0 < top <= 1:
+        raise ShapeError(f"top: expected a share above 0 and up to 1, found {top}")
     adapter = adapt(model)
     with left_as_found(model), torch.no_grad():
         means = [_mean(_residuals(adapter, form, group)) for form in (visual, textual)]  # (L + 1, d) each

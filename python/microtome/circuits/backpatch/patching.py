@@ -26,6 +26,7 @@ from microtome.circuits.forward.decoder import last_logits, merge
 from microtome.circuits.forward.nodes import on_residuals
 from microtome.circuits.forward.restore import left_as_found
 from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set, check_first
+from microtome.circuits.pairs.reading import require_token
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
@@ -65,7 +66,8 @@ def back_patch(
         progress: show a bar.
 
     Raises:
-        ShapeError: a setting with dst ≥ src or outside the model, or data that do not come first.
+        ShapeError: no setting, one with dst ≥ src or outside the model, labels that are no tokens of the model, or data
+            that do not come first.
 
     Example:
         >>> from microtome import organism
@@ -82,12 +84,10 @@ def back_patch(
 
     pairs = as_pair_set(pairs)
     adapter = adapt(model)
-    chosen = tuple(
-        all_settings(adapter.n_layers, windows) if settings is None else map(Setting._make, settings)
-    )
+    chosen = tuple(all_settings(adapter.n_layers, windows) if settings is None else map(_setting, settings))
     _check(chosen, adapter.n_layers)
     _check_data_first(pairs, group, allow_prefix)
-    ids = _labels(pairs, labels, model.device)
+    ids = _labels(model, pairs, labels)
     found = np.zeros((2, len(chosen) + 1, len(pairs)))
     with left_as_found(model), torch.no_grad(), bar("back-patching", len(pairs), progress, "prompts") as done:
         check_first(adapter, pairs)
@@ -99,7 +99,15 @@ def back_patch(
     return BackPatch(chosen, correct[:-1], correct[-1], likely[:-1], likely[-1])
 
 
+def _setting(given: Any) -> Setting:
+    if len(given) != len(Setting._fields):
+        raise ShapeError(f"settings: expected (src, dst, window), found {given!r}")
+    return Setting._make(given)
+
+
 def _check(settings: Sequence[Setting], n_layers: int) -> None:
+    if not settings:
+        raise ShapeError("settings: expected at least one, found none. Give a window")
     for setting in settings:
         if not 0 <= setting.dst < setting.src < n_layers:
             raise ShapeError(f"settings: expected 0 ≤ dst < src < {n_layers}, found {tuple(setting)}")
@@ -121,12 +129,14 @@ def _check_data_first(pairs: PairSet, group: str, allow_prefix: bool) -> None:
         )
 
 
-def _labels(pairs: PairSet, labels: Sequence[int] | None, device: Any) -> Tensor:
+def _labels(model: Any, pairs: PairSet, labels: Sequence[int] | None) -> Tensor:
     found = set(labels) if labels is not None else {i for p in pairs for i in (p.answer, p.corrupted_answer)}
+    for label in found:
+        require_token(model, "labels", label)
     missing = {p.answer for p in pairs} - found
     if missing:
         raise ShapeError(f"labels: expected every answer among them, found {sorted(missing)} missing")
-    return torch.tensor(sorted(found), device=device)
+    return torch.tensor(sorted(found), device=model.device)
 
 
 def _mask(pairs: PairSet, batch: PairBatch, group: str) -> Tensor:
@@ -213,12 +223,12 @@ def back_patch_iterated(
 
     pairs = as_pair_set(pairs)
     adapter = adapt(model)
-    setting = Setting._make(setting)
+    setting = _setting(setting)
     if iterations < 1:
         raise ShapeError(f"iterations: expected 1 or more, found {iterations}")
     _check([setting], adapter.n_layers)
     _check_data_first(pairs, group, allow_prefix)
-    ids = _labels(pairs, labels, model.device)
+    ids = _labels(model, pairs, labels)
     correct = np.zeros((iterations + 1, len(pairs)), bool)
     with left_as_found(model), torch.no_grad():
         check_first(adapter, pairs)

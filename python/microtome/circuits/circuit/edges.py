@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from microtome.circuits.choices import require_one_of
 from microtome.errors import ShapeError
 
 __all__ = ["EdgeGraph"]
@@ -153,12 +154,11 @@ class EdgeGraph:
         return np.asarray(self.selected.any(1))
 
     def _check(self, n: int) -> None:
-        if not 0 <= n <= self.n_edges:
+        if not isinstance(n, int | np.integer) or not 0 <= n <= self.n_edges:
             raise ShapeError(f"n: expected 0 to {self.n_edges} edges, found {n}")
 
     def _rank(self, by: str) -> npt.NDArray[np.float32]:
-        if by not in ("absolute", "signed"):
-            raise ShapeError(f"by: expected absolute or signed, found {by!r}")
+        require_one_of("by", by, ("absolute", "signed"))
         return np.abs(self.scores) if by == "absolute" else self.scores
 
     def iou(self, other: EdgeGraph) -> float:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from microtome.circuits.choices import require_one_of
 from microtome.errors import ShapeError
 from microtome.metrics import Bitset
 
@@ -44,6 +45,7 @@ class CircuitShape(NamedTuple):
 
     def of(self, kind: NodeKind) -> tuple[int, int, int]:
         """Shape of the scores of one kind: (L, P, H) or (L, P, m)."""
+        require_one_of("kind", kind, KINDS)
         return self.n_layers, self.n_slots, self.n_heads if kind == "heads" else self.d_mlp
 
     def size(self, kind: NodeKind) -> int:
@@ -116,6 +118,7 @@ class Circuit:
 
     def bits(self, kind: NodeKind) -> Bitset:
         """The bitset of one kind."""
+        require_one_of("kind", kind, KINDS)
         return self.head_bits if kind == "heads" else self.neuron_bits
 
     def mask(self, kind: NodeKind) -> Mask:
@@ -144,8 +147,13 @@ class Circuit:
         return self.size("heads") + self.size("neurons")
 
     def __contains__(self, node: tuple[str, int, int, int]) -> bool:
-        kind, layer, position, index = node
-        return bool(self.layer_mask("heads" if kind == "head" else "neurons", layer)[position, index])
+        name, *place = node
+        require_one_of("kind", name, NAMES.values())
+        kind: NodeKind = "heads" if name == "head" else "neurons"
+        if not all(0 <= at < n for at, n in zip(place, self.shape.of(kind), strict=True)):
+            return False
+        layer, position, index = place
+        return bool(self.layer_mask(kind, layer)[position, index])
 
     def __iter__(self) -> Iterator[tuple[str, int, int, int]]:
         for kind, name in NAMES.items():

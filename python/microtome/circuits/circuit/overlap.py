@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from microtome.circuits.choices import require_one_of
 from microtome.circuits.circuit.nodes import KINDS, Circuit, NodeKind
 from microtome.circuits.circuit.positions import PositionMap
 from microtome.errors import ShapeError
@@ -127,6 +128,9 @@ def circuit_niou(
         0.325
     """
     _require_one_model(a, b, across_models)
+    require_one_of("chance", chance, ("exact", "draws"))
+    if n_draws < 1:
+        raise ShapeError(f"n_draws: expected 1 or more, found {n_draws}")
     overlaps = _overlaps(a, b, group, kind, position_free)
     level = _mean(overlaps, "chance")
     if chance == "draws":
@@ -136,6 +140,7 @@ def circuit_niou(
 
 def normalised_iou(iou: float, chance: float, compat: Literal["notebook"] | None = None) -> float:
     """(IoU - chance) / (1 - chance); NaN where chance is 1. ``compat`` as in :func:`circuit_niou`."""
+    require_one_of("compat", compat, (None, "notebook"))
     if compat == "notebook":
         return min(max(iou - 2 * chance, 0.01), 1.0)
     return above_chance(iou, chance)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from microtome.circuits.choices import require_one_of
 from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape
 from microtome.errors import ShapeError
 from microtome.metrics import Bitset, top_n
@@ -71,11 +72,12 @@ class NodeScores:
         Ties go to the lower layer, then position, then index; NaN comes last.
 
         Raises:
-            ShapeError: a share is outside 0 to 1, or signed ranking is asked of absolute scores.
+            ShapeError: a share is outside 0 to 1, ``by`` is neither of the two, or signed ranking is asked of absolute scores.
         """
         for name, share in (("size", size), ("neurons", size if neurons is None else neurons)):
             if not 0 <= share <= 1:
                 raise ShapeError(f"{name}: expected a share from 0 to 1, found {share}")
+        require_one_of("by", by, ("absolute", "signed"))
         if by == "signed" and not self.signed:
             raise ShapeError(
                 "by: expected 'absolute' for absolute scores, found 'signed'. Attribute with signed=True"

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from microtome.circuits.ablation.replacements import ABLATIONS, Ablation, Replacements
+from microtome.circuits.ablation.replacements import ABLATIONS, Ablation, Replacements, require_one_layout
+from microtome.circuits.choices import require_one_of
 from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape, NodeKind
 from microtome.circuits.circuit.scores import SIZES, NodeScores
 from microtome.circuits.faithfulness.results import Curve, Faithfulness
@@ -62,7 +63,8 @@ def faithfulness(
         progress: show a bar.
 
     Raises:
-        ShapeError: the circuit has other layers, positions or widths than the model and the pairs.
+        ShapeError: the circuit has other layers, positions or widths than the model and the pairs, or the reference of
+            ``"mean_positional"`` has another layout than these.
 
     Example:
         >>> from microtome import organism
@@ -102,8 +104,10 @@ def faithfulness_of(
     from microtome.capture.models import adapt
 
     pairs = as_pair_set(pairs)
-    if ablation not in ABLATIONS:
-        raise ShapeError(f"ablation: expected one of {', '.join(ABLATIONS)}, found {ablation!r}")
+    reference = pairs if reference is None else as_pair_set(reference)
+    require_one_of("ablation", ablation, ABLATIONS)
+    if ablation == "mean_positional":
+        require_one_layout(reference, pairs)
     if average not in ("ratios", "means"):
         raise ShapeError(f"average: expected ratios or means, found {average!r}")
     adapter = adapt(model)
@@ -116,7 +120,7 @@ def faithfulness_of(
     differences = np.full((len(circuits) + 2, len(pairs)), np.nan)
     with left_as_found(model), torch.no_grad(), bar("faithfulness", len(pairs), progress, "pairs") as done:
         check_first(adapter, pairs)
-        replacements = Replacements(adapter, reference or pairs, pairs, ablation, seed, batch_size)
+        replacements = Replacements(adapter, reference, pairs, ablation, seed, batch_size)
         for batch in pairs.batches(batch_size, model.device, done):
             differences[:, list(batch.indices)] = _differences(adapter, batch, circuits, replacements)
     *kept, empty, full = differences
@@ -205,6 +209,7 @@ def patching_map(
     """
     from microtome.capture.models import adapt
 
+    pairs = as_pair_set(pairs)
     adapter = adapt(model)
     shape = CircuitShape(adapter.n_layers, pairs.n_slots, adapter.n_heads, adapter.d_mlp)
     circuits = []

@@ -14,7 +14,7 @@ from microtome.circuits.choices import require_one_of
 from microtome.circuits.pairs.pair_set import GROUPS, Align, Inputs, Positions, PreparedPair
 from microtome.errors import ShapeError
 
-__all__ = ["answer_id", "read_pair", "tokenise"]
+__all__ = ["answer_id", "read_pair", "require_token", "tokenise"]
 
 
 def read_pair(model: Any, processor: Any, pair: Any, align: Align) -> PreparedPair:
@@ -28,7 +28,7 @@ def read_pair(model: Any, processor: Any, pair: Any, align: Align) -> PreparedPa
     adapter = adapt(model)
     sides = {side: _inputs(model, processor, _part(pair, side), side) for side in ("clean", "corrupted")}
     answer, corrupted_answer = (
-        _known(model, name, answer_id(processor, _part(pair, name)))
+        require_token(model, name, answer_id(processor, _part(pair, name)))
         for name in ("answer", "corrupted_answer")
     )
     if answer == corrupted_answer:
@@ -127,7 +127,12 @@ def answer_id(processor: Any, answer: str | int) -> int:
     raise ShapeError(f"answer: expected one token, found {len(ids)} for {answer!r}")
 
 
-def _known(model: Any, name: str, token: int) -> int:
+def require_token(model: Any, name: str, token: int) -> int:
+    """``token`` when the model has it.
+
+    Raises:
+        ShapeError: it does not.
+    """
     n = model.config.get_text_config().vocab_size
     if not 0 <= token < n:
         raise ShapeError(f"{name}: expected a token id from 0 to {n - 1}, found {token}")
