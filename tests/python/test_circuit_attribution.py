@@ -271,6 +271,46 @@ def test_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path, monkeypatch
         mt.attribute(built.model, pairs[:3], out=tmp_path / "run", **arguments)
 
 
+def test_interrupted_run_goes_on_with_other_batches_and_budgets(tmp_path, monkeypatch):
+    from microtome.circuits.attribution import nodes, streaming
+
+    monkeypatch.setattr(streaming, "CHECKPOINT_SECONDS", 0.0)
+    built = tiny("llava")
+    pairs = pairs_of(built, 4)
+    budget = int(1.05 * least(built.model, pairs))
+    whole = mt.attribute(built.model, pairs, steps=2)
+    seen, real, stop = [], nodes.add_batch, 0
+
+    def interrupted(adapter, batch, *others):
+        seen.append(len(batch))
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        return real(adapter, batch, *others)
+
+    def go_on(**how):
+        seen.clear()
+        return mt.attribute(built.model, pairs, steps=2, out=tmp_path, **how)
+
+    monkeypatch.setattr(nodes, "add_batch", interrupted)
+    for stop, how in (
+        (7, {"batch_size": 1, "memory_budget": budget}),
+        (3, {"batch_size": 1}),
+        (2, {"batch_size": 2}),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            go_on(**how)
+        assert len(seen) == stop, "sums of other batches or of another cut are of no use"
+    stop = 0
+    found = go_on(batch_size=2)
+    assert seen == [2], "sums of equal batches are"
+    np.testing.assert_array_equal(found.heads, whole.heads)
+    np.testing.assert_array_equal(found.neurons, whole.neurons)
+    for how in ({"batch_size": 1}, {"batch_size": 4, "memory_budget": budget}):
+        again = go_on(**how)
+        assert not seen, "a finished run is read, however it was cut"
+        np.testing.assert_array_equal(again.neurons, whole.neurons)
+
+
 def test_a_run_is_of_its_spans_partners_and_tensors_alone(tmp_path):
     """Other spans, partners, shapes or dtypes are other pairs, however alike their numbers are."""
     built = tiny("llama")

@@ -2,7 +2,8 @@
 
 A folder holds ``heads.npy`` and ``neurons.npy``, written tile by tile, ``run.json`` with the finished tiles,
 ``partial.npz`` with the sums of the tile in progress, and in the end ``scores.json``. Files that say what is
-finished are replaced by rename, after the arrays are flushed.
+finished are replaced by rename, after the arrays are flushed. Scores do not depend on how a run is cut, so a
+run may go on with other batches or another budget: what is finished and still has its place counts.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ class Stream:
         self._adapter, self._pairs, self._settings = adapter, pairs, settings
         self._folder = None if out is None else Path(out)
         self._finished: dict[int, tuple[int, int]] = {}
+        self._is_whole = False
         self._saved_at = time.monotonic()
         layers, slots = adapter.n_layers, pairs.n_slots
         shapes = {"heads": (layers, slots, adapter.n_heads), "neurons": (layers, slots, adapter.d_mlp)}
         self._made_of = {"weights": weights_fingerprint(adapter.model), "pairs": pairs_fingerprint(pairs)}
-        told = repr((settings, plan.tiles, plan.batch_size, plan.points_per_pass, self._made_of))
+        self._plan = {"tiles": repr(plan.tiles), "n_tiles": len(plan.tiles), "batch_size": plan.batch_size}
+        told = repr((settings, self._made_of))
         self._identity = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
         if self._folder is None:
             self._arrays: dict[str, npt.NDArray[np.float32]] = {
@@ -67,7 +70,7 @@ class Stream:
                     f"attribution: {folder}: expected a run of these pairs, settings and weights, found another one. "
                     "Choose another folder"
                 )
-            self._finished = {int(k): tuple(v) for k, v in known["finished"].items()}
+            self._take_up(folder, known)
             return {k: np.lib.format.open_memmap(folder / f"{k}.npy", mode="r+") for k in shapes}
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, npt.NDArray[np.float32]] = {
@@ -77,14 +80,28 @@ class Stream:
         self._write_record()
         return arrays
 
+    def _take_up(self, folder: Path, known: dict[str, Any]) -> None:
+        """What counts of an earlier run: all of a whole one, the finished tiles of an equal cut, sums of equal batches."""
+        finished = {int(k): tuple(v) for k, v in known["finished"].items()}
+        if len(finished) == known["n_tiles"]:
+            self._plan |= {name: known[name] for name in self._plan}
+            self._is_whole = True
+        if known["tiles"] == self._plan["tiles"]:
+            self._finished = finished
+        if any(known[name] != value for name, value in self._plan.items()):
+            (folder / "partial.npz").unlink(
+                missing_ok=True
+            )  # before the record says whose sums they would be
+            self._write_record()
+
     def _write_record(self) -> None:
         if self._folder is not None:
-            record = json.dumps({"identity": self._identity, "finished": self._finished})
+            record = json.dumps({"identity": self._identity, **self._plan, "finished": self._finished})
             write_whole(self._folder / "run.json", lambda beside: beside.write_text(record))
 
     def is_finished(self, number: int) -> bool:
         """Whether a tile is done already."""
-        return number in self._finished
+        return self._is_whole or number in self._finished
 
     def begin(self, tile: Tile) -> Accumulator:
         """Sums of a tile: those of its last checkpoint, else zeros."""
