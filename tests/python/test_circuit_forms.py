@@ -62,3 +62,37 @@ def test_dropped_pairs_are_numbered_as_in_the_source():
     assert numbers == sorted({*numbers})
     assert {1, 2} <= {*numbers}
     assert sorted([*numbers, *(p.number for p in found)]) == [0, 1, 2, 3]
+
+
+def beginnings(forms, where):
+    """Both forms, with data that begin elsewhere in every prompt of the textual one, or that are nowhere."""
+    changed = []
+    for i, pair in enumerate(forms["textual"]):
+        data = pair.spans["data"]
+        start = int(data[0]) + (i % 2) if where == "elsewhere" else int(data[-1]) + 1
+        cut = {"prefix": np.arange(start), "data": np.arange(start, int(data[-1]) + 1)}
+        changed.append(replace(pair, spans={**pair.spans, **cut}))
+    return forms | {"textual": replace(forms["textual"], pairs=tuple(changed), align="spans")}
+
+
+@pytest.mark.parametrize(("where", "left"), [
+    ("nowhere", {"alignment": "textual: pair 0: expected data positions", "back-patching": "textual: pair 0: expected data"}),
+    ("elsewhere", {"back-patching": "textual: pairs: expected the same words before the data"}),
+])  # fmt: skip
+def test_steps_that_the_prompts_do_not_allow_are_left_out_and_named(shipped, tmp_path, where, left):
+    tasks = {"colour": beginnings(forms_of(shipped), where)}
+    said = []
+    how = replace(OPTIONS, windows=(1,))
+    found = run(shipped[0], tasks, tmp_path, how, progress=False, say=said.append)
+    rows = dict(found.tables["left_out"].select("step", "reason").iter_rows())
+    assert list(rows) == list(left)
+    for step, reason in left.items():
+        assert rows[step].startswith(reason)
+        assert any(f"colour: {step} is left out: {reason}" in line for line in said[:-1])
+        assert step not in found.tables["cost"]["step"].to_list()
+    assert ("alignment" in found.tables) == ("alignment" not in left)
+    assert "backpatch" not in found.tables
+    if where == "elsewhere":
+        found = run(shipped[0], tasks, tmp_path / "allowed", replace(how, allow_prefix=True), progress=False)
+        assert "left_out" not in found.tables
+        assert "backpatch" in found.tables

@@ -31,6 +31,9 @@ def circuit(
     ] = "",
     random: Annotated[int, typer.Option(help="Random controls of overlap, interchange and heads.")] = 20,
     windows: Annotated[str, typer.Option(help="Windows of back-patching; empty leaves it out.")] = "5,3,1",
+    allow_prefix: Annotated[
+        bool, typer.Option("--allow-prefix", help="Back-patch prompts whose words before the data differ.")
+    ] = False,
     exact: Annotated[int, typer.Option(help="Nodes patched exactly to audit the scores.")] = 100,
     heads: Annotated[int, typer.Option(help="Attributed heads that are mean-ablated.")] = 3,
     memory: Annotated[
@@ -59,6 +62,7 @@ def circuit(
         "n_exact": exact,
         "n_heads": heads,
         "windows": numbers("windows", windows, int),
+        "allow_prefix": allow_prefix,
         "memory_budget": memory,
         "batch_size": batch_size,
         "seed": seed,

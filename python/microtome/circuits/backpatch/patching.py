@@ -30,7 +30,7 @@ from microtome.circuits.pairs.reading import require_token
 from microtome.errors import ShapeError
 from microtome.progress import bar
 
-__all__ = ["back_patch", "back_patch_iterated"]
+__all__ = ["back_patch", "back_patch_iterated", "check_data_first"]
 
 Share = npt.NDArray[np.float64]
 
@@ -86,7 +86,7 @@ def back_patch(
     adapter = adapt(model)
     chosen = tuple(all_settings(adapter.n_layers, windows) if settings is None else map(_setting, settings))
     _check(chosen, adapter.n_layers)
-    _check_data_first(pairs, group, allow_prefix)
+    check_data_first(pairs, group, allow_prefix)
     ids = _labels(model, pairs, labels)
     found = np.zeros((2, len(chosen) + 1, len(pairs)))
     with left_as_found(model), torch.no_grad(), bar("back-patching", len(pairs), progress, "prompts") as done:
@@ -115,7 +115,12 @@ def _check(settings: Sequence[Setting], n_layers: int) -> None:
             raise ShapeError(f"settings: window: expected an odd width, found {setting.window}")
 
 
-def _check_data_first(pairs: PairSet, group: str, allow_prefix: bool) -> None:
+def check_data_first(pairs: PairSet, group: str, allow_prefix: bool) -> None:
+    """Refuse prompts without the positions to patch, or with different words before them.
+
+    Raises:
+        ShapeError: as :func:`back_patch`.
+    """
     heads = set()
     for i, pair in enumerate(pairs):
         where = np.asarray(pair.spans.get(group, ()), np.int64)
@@ -227,7 +232,7 @@ def back_patch_iterated(
     if iterations < 1:
         raise ShapeError(f"iterations: expected 1 or more, found {iterations}")
     _check([setting], adapter.n_layers)
-    _check_data_first(pairs, group, allow_prefix)
+    check_data_first(pairs, group, allow_prefix)
     ids = _labels(model, pairs, labels)
     correct = np.zeros((iterations + 1, len(pairs)), bool)
     with left_as_found(model), torch.no_grad():

@@ -44,7 +44,7 @@ def _forwards(model: Any, side: Side, how: Options) -> dict[str, int]:
     few = min(N_AUDITED, n_tested)
     nodes = 2 * how.n_exact
     settings = len(all_settings(adapter.n_layers, how.windows))
-    repaired = settings and side.has_other
+    repaired = settings and side.has_other and "back-patching" not in side.left_out
     heads = min(how.n_heads, adapter.n_layers * adapter.n_heads // 2)
     return {
         "attribution": round(per_pair * n_found) + 2 * min(how.n_blocks, n_found),
@@ -52,6 +52,6 @@ def _forwards(model: Any, side: Side, how: Options) -> dict[str, int]:
         "audit": round(few * (per_pair + 2 + nodes)) if how.n_exact else 0,
         "heads": n_found + n * (2 + how.n_controls) if heads else 0,
         "interchange": n_tested * (5 + 3 * (1 + how.n_random)) if how.n_random and side.has_other else 0,
-        "alignment": 2 * side.n_matched,
+        "alignment": 0 if "alignment" in side.left_out else 2 * side.n_matched,
         "back-patching": n * (settings + 1) + (n - n // 2) * (N_ITERATIONS + 1) + 2 * N_CHECKED if repaired else 0,
     }  # fmt: skip

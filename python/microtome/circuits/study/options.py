@@ -39,6 +39,8 @@ class Options:
     """Random sets of heads beside them."""
     windows: tuple[int, ...] = (5, 3, 1)
     """Windows of back-patching; none leaves that out."""
+    allow_prefix: bool = False
+    """Back-patch prompts whose words before the data differ."""
     fraction: float = 0.75
     seed: int = 42
     batch_size: int = 16

@@ -26,7 +26,7 @@ from microtome.circuits.study.clock import Clock
 from microtome.circuits.study.costs import step_costs
 from microtome.circuits.study.ledger import Ledger, Tables, file_name
 from microtome.circuits.study.options import FORMS, Options
-from microtome.circuits.study.sides import Side, matched
+from microtome.circuits.study.sides import Side, left_out, matched
 from microtome.errors import ShapeError
 
 __all__ = ["Study", "run"]
@@ -82,7 +82,7 @@ def run(
     Returns:
         The tables. By task and form ``accuracy``, ``cost``, ``curves``, ``sizes``, ``effects``, ``agreement``, ``noise``,
         ``ablation``, ``attention``; by task ``overlap``, ``interchange``, ``controls``, ``alignment``,
-        ``backpatch``, ``repair``, ``iterated``.
+        ``backpatch``, ``repair``, ``iterated``; ``left_out`` names the steps that a task's prompts do not allow, and why.
 
     Raises:
         ShapeError: no task, a form that is not known, an option out of range, or too few prompts that the model
@@ -103,6 +103,10 @@ def run(
     study = Study()
     costs = step_costs(model, sides, how)
     clock = Clock(costs, say or (lambda _: None))
+    for task, forms in tasks.items():
+        for step, reason in left_out(forms, how).items():
+            if say is not None:
+                say(f"{task}: {step} is left out: {reason}")
     clock.announce()
     study.add({"cost": costs})
     if estimate_only:
@@ -185,6 +189,11 @@ class _Runner:
         if how.n_random:
             self.step(lambda: steps.swaps(model, sides, how, progress), "interchange", task)
         seen, told = matched(task, {form: side.everything for form, side in sides.items()})
-        self.step(lambda: {"alignment": alignment(model, seen, told, seed=how.seed)}, "alignment", task)
-        if how.windows:
+        skipped = sides[FORMS[0]].left_out
+        if skipped:
+            rows = {"step": list(skipped), "reason": list(skipped.values())}
+            self.study.add({"left_out": pl.DataFrame(rows)}, task=task)
+        if "alignment" not in skipped:
+            self.step(lambda: {"alignment": alignment(model, seen, told, seed=how.seed)}, "alignment", task)
+        if how.windows and "back-patching" not in skipped:
             self.step(lambda: steps.repair(model, sides, how, progress), "back-patching", task)

@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from microtome.circuits.attribution.blocks import Blocks
+from microtome.circuits.backpatch.patching import check_data_first
 from microtome.circuits.circuit.nodes import Circuit
 from microtome.circuits.pairs.pair_set import PairSet
 from microtome.circuits.pairs.preparation import answers_correctly
 from microtome.circuits.study.options import FORMS, Options
 from microtome.errors import ShapeError
 
-__all__ = ["Side", "matched"]
+__all__ = ["Side", "left_out", "matched"]
 
 _LEAST_PAIRS = 4
 
@@ -32,6 +33,8 @@ class Side:
     has_other: bool
     n_matched: int
     """Pairs that the other form has too."""
+    left_out: Mapping[str, str]
+    """Steps on both forms that the prompts do not allow, and why."""
     blocks: Blocks = field(init=False)
     circuit: Circuit = field(init=False)
     size: float = field(init=False)
@@ -53,7 +56,8 @@ class Side:
         discovery, evaluation = pairs[np.flatnonzero(right)].split(how.fraction, how.seed)
         has_other = set(forms) == set(FORMS)
         n_matched = len(matched(task, forms)[0]) if has_other else 0
-        return cls(pairs, right, discovery, evaluation, has_other, n_matched)
+        skipped = left_out(forms, how)
+        return cls(pairs, right, discovery, evaluation, has_other, n_matched, skipped)
 
 
 def matched(task: str, forms: Mapping[str, PairSet]) -> tuple[PairSet, PairSet]:
@@ -78,3 +82,20 @@ def matched(task: str, forms: Mapping[str, PairSet]) -> tuple[PairSet, PairSet]:
             f"shared by {len(seen)} and {len(told)} pairs"
         )
     return seen[[places[0][n] for n in shared]], told[[places[1][n] for n in shared]]
+
+
+def left_out(forms: Mapping[str, PairSet], how: Options) -> dict[str, str]:
+    """Steps on both forms that need data positions, or one beginning, where the prompts have none: step -> why."""
+    if set(forms) != set(FORMS):
+        return {}
+    found: dict[str, str] = {}
+    for steps, allow_prefix in (
+        (("alignment", "back-patching"), True),
+        (("back-patching",), how.allow_prefix),
+    ):
+        for form in FORMS:
+            try:
+                check_data_first(forms[form], "data", allow_prefix)
+            except ShapeError as error:
+                found |= {step: f"{form}: {error}" for step in steps if step not in found}
+    return found

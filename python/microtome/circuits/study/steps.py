@@ -149,7 +149,12 @@ def repair(model: Any, sides: Mapping[str, Side], how: Options, progress: bool) 
     patched: dict[str, BackPatch] = {}
     for form in FORMS:
         patched[form] = back_patch(
-            model, sides[form].everything, windows=how.windows, batch_size=how.batch_size, progress=progress
+            model,
+            sides[form].everything,
+            windows=how.windows,
+            allow_prefix=how.allow_prefix,
+            batch_size=how.batch_size,
+            progress=progress,
         )
     text_right = patched["textual"].baseline
     maps, chosen, iterated = [], [], []
@@ -173,6 +178,7 @@ def repair(model: Any, sides: Mapping[str, Side], how: Options, progress: bool) 
             sides[form].everything[choice.judged],
             choice.setting,
             N_ITERATIONS,
+            allow_prefix=how.allow_prefix,
             batch_size=how.batch_size,
         ).mean(1)
         iterated.append(
