@@ -1,5 +1,6 @@
 """Models that the replay or the edges do not fit are refused by name, wherever results would be wrong."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -20,6 +21,7 @@ from microtome.circuits import (
     patching_map,
 )
 from microtome.errors import Error, ShapeError
+from test_circuit_attribution import naive_scores
 
 
 def made(name, cls, config, **changes):
@@ -86,3 +88,28 @@ def test_edges_of_layers_that_do_not_add_attention_and_then_mlp_are_refused(mode
     pairs = pairs_of(built, 1, image=False)
     with pytest.raises(ShapeError, match=f"edges: {type(built.model).__name__}: expected each layer to add"):
         ENTRIES[entry](built.model, pairs)
+
+
+@pytest.mark.parametrize("budget", [None, 300_000])
+@pytest.mark.parametrize("model", [neox, phi])
+def test_attention_and_mlp_side_by_side_are_attributed(model, budget):
+    built = model()
+    pairs = pairs_of(built, 2, image=False)
+    scores = mt.attribute(built.model, pairs, "ig", 3, memory_budget=budget)
+    heads, neurons = naive_scores(built.model, pairs, [1 / 3, 2 / 3, 1])
+    assert heads[0].any()
+    assert neurons[0].any()
+    np.testing.assert_allclose(scores.heads, heads, atol=1e-6, rtol=1e-4)
+    np.testing.assert_allclose(scores.neurons, neurons, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("entry", ["attribute", "faithfulness"])
+def test_models_without_one_mlp_in_each_layer_are_refused_by_name(entry):
+    built = made("mixtral", transformers.MixtralForCausalLM, transformers.MixtralConfig, num_local_experts=2)
+    pairs = pairs_of(built, 1, image=False)
+    calls = {
+        "attribute": ENTRIES["attribute"],
+        "faithfulness": lambda m, p: faithfulness(m, p, Circuit.full(CircuitShape(3, p.n_slots, 4, 0))),
+    }
+    with pytest.raises(ShapeError, match=r"nodes: MixtralForCausalLM: .* found no blocks.0.mlp.hook_post"):
+        calls[entry](built.model, pairs)

@@ -41,10 +41,13 @@ def through_graph(
 def _listening(
     consume: Consume, leaves: list[Tensor], first: int
 ) -> Callable[[NodeKind, int, Tensor], Tensor]:
-    """A visitor that starts the graph at the first site and passes every gradient on as soon as it exists."""
+    """A visitor that starts the graph at the first layer's sites and passes every gradient on as soon as it exists.
+
+    Where attention and MLP stand side by side, the MLP's site does not lie behind the heads: it is a leaf of its own.
+    """
 
     def visit(kind: NodeKind, layer: int, x: Tensor) -> Tensor:
-        if not leaves and layer == first:
+        if layer == first and not x.requires_grad:
             x = x.detach().requires_grad_()
             leaves.append(x)
         values = (

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from microtome.circuits.circuit.nodes import NodeKind
 from microtome.circuits.forward.decoder import Merged, decode
+from microtome.errors import ShapeError
 
 __all__ = ["NodeValues", "node_values", "on_nodes", "on_residuals", "partnered"]
 
@@ -31,14 +32,26 @@ def on_nodes(adapter: Any, visit: Visit, layers: Sequence[int] | None = None) ->
     """Call ``visit(kind, layer, values)`` at every node site; what it returns replaces the values.
 
     ``values`` is ``(b, p, n_heads, d_head)`` for heads and ``(b, p, d_mlp)`` for neurons.
+
+    Raises:
+        ShapeError: the model has no such site.
     """
     points = adapter.hook_points()
     with ExitStack() as stack:
         for layer in range(adapter.n_layers) if layers is None else layers:
             for kind, name in HOOKS.items():
-                handle = points[name.format(layer)].replace(partial(visit, kind, layer))
+                handle = _site(adapter, points, name.format(layer)).replace(partial(visit, kind, layer))
                 stack.callback(handle.remove)
         yield
+
+
+def _site(adapter: Any, points: dict[str, Any], name: str) -> Any:
+    if name not in points:
+        raise ShapeError(
+            f"nodes: {type(adapter.model).__name__}: expected one output projection in the attention and one down "
+            f"projection in the MLP of every layer, found no {name}. The neurons of experts are no nodes"
+        )
+    return points[name]
 
 
 @contextmanager
