@@ -337,6 +337,25 @@ def test_a_run_is_of_its_spans_partners_and_tensors_alone(tmp_path):
     assert len(told) == 4
 
 
+def test_exact_scores_are_kept_and_say_what_made_them(tmp_path):
+    built = tiny("llama")
+    pairs = pairs_of(built, 2, image=False)
+    approximate = mt.attribute(built.model, pairs, "plain")
+    nodes = [approximate.circuit(size) for size in (0.02, 0.01)]
+    found = mt.attribute(built.model, pairs, "exact", nodes=nodes[0], out=tmp_path)
+    same = ("weights", "pairs", "dtype", "version", "model", "align")
+    assert {k: found.facts[k] for k in same} == {k: approximate.facts[k] for k in same}
+    calls = []
+    handle = built.model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    again = mt.attribute(built.model, pairs, "exact", nodes=nodes[0], out=tmp_path)
+    handle.remove()
+    assert len(calls) == 2, "those of the check"
+    np.testing.assert_array_equal(again.neurons, found.neurons)
+    for method, chosen in (("exact", nodes[1]), ("plain", None)):
+        with pytest.raises(StoreError, match="found another one"):
+            mt.attribute(built.model, pairs, method, nodes=chosen, out=tmp_path)
+
+
 def test_bf16_models_are_scored_in_float32():
     built = tiny_models.build("llava")
     model = built.model.eval()
@@ -400,6 +419,10 @@ def test_model_is_left_as_found_when_a_forward_fails(run, error):
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"method": "eap"}, "method: expected one of"), ({"steps": 0}, "steps: expected 1 or more"),
     ({"batch_size": 0}, "batch_size: expected 1 or more"), ({"ig_path": "image"}, "ig_path: expected one of"),
+    ({"head_reduce": "sum_abs", "signed": True}, "head_reduce: expected 'abs_sum' with signed=True"),
+    ({"method": "exact", "batch_size": 0}, "batch_size: expected 1 or more"),
+    ({"method": "exact", "memory_budget": "1GiB"}, "memory_budget: expected none with method='exact', found '1GiB'"),
+    ({"method": "exact", "memory_budget": "lots"}, "memory_budget: expected bytes"),
     ({"head_reduce": "mean"}, "head_reduce: expected one of"), ({"memory_budget": "lots"}, "memory_budget: expected bytes"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused(arguments, message):

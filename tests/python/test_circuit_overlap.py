@@ -235,6 +235,18 @@ def test_scores_merge_to_the_mean_of_all_pairs(tmp_path):
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["n_pairs"] == 3
 
 
+def test_scores_of_no_pair_count_nothing():
+    some = NodeScores(
+        np.ones((1, 2, 3), np.float32), np.full((1, 2, 4), 2, np.float32), 2, facts={"pairs": "a"}
+    )
+    none = NodeScores(np.full((1, 2, 3), np.nan), np.full((1, 2, 4), np.nan), 0, 1, facts={"pairs": "b"})
+    for merged in (some.merge(none), none.merge(some)):
+        assert (merged.n_pairs, merged.n_skipped) == (2, 1)
+        np.testing.assert_array_equal(merged.heads, some.heads)
+        assert merged.facts["pairs"] not in ("a", "b")
+    assert np.isnan(none.merge(none).neurons).all()
+
+
 def test_effect_map_sums_all_scores_of_a_place():
     scores = scored([[[1, 2], [3, 4]]], [[[1], [np.nan]]])
     assert scores.effect_map().tolist() == [[4, 7]]
@@ -279,6 +291,9 @@ def test_blocks_add_up_to_the_attribution_of_all_pairs():
     np.testing.assert_allclose(
         blocks.scores([0, 2]).heads, mt.attribute(built.model, pairs[[0, 1, 4]]).heads, atol=1e-6
     )
+    assert added.facts["pairs"] == whole.facts["pairs"]
+    assert blocks.scores([0, 2]).facts["pairs"] not in {whole.facts["pairs"], *added.facts["blocks"]}
+    assert added.facts["weights"] == whole.facts["weights"]
     with pytest.raises(ShapeError, match="at least one"):
         blocks.scores([])
     with pytest.raises(ShapeError, match="n_blocks: expected 1 or more"):

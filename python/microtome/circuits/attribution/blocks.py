@@ -7,8 +7,8 @@ price of one attribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import numpy as np
 import polars as pl
 
 from microtome.circuits.attribution.nodes import attribute
-from microtome.circuits.circuit.nodes import KINDS, NodeKind
 from microtome.circuits.circuit.overlap import circuit_iou, circuit_niou, overlap_rows
-from microtome.circuits.circuit.scores import NodeScores, Scores
+from microtome.circuits.circuit.scores import NodeScores, together
+from microtome.circuits.pairs.fingerprints import pairs_fingerprint
 from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
 from microtome.circuits.statistics import jackknife
 from microtome.errors import ShapeError
@@ -31,6 +31,8 @@ class Blocks:
     """Scores of every block of pairs."""
 
     parts: tuple[NodeScores, ...]
+    pairs: str | None = None
+    """Fingerprint of all pairs, where it is known."""
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -44,12 +46,10 @@ class Blocks:
         parts = self.parts if chosen is None else tuple(self.parts[int(i)] for i in chosen)
         if not parts:
             raise ShapeError("blocks: expected at least one, found none")
-        n = sum(part.n_pairs for part in parts)
-        first = parts[0]
-        facts = dict(first.facts) | {"blocks": [part.facts.get("pairs") for part in parts]}
-        skipped = sum(part.n_skipped for part in parts)
-        heads, neurons = (_mean(parts, kind) for kind in KINDS)
-        return NodeScores(heads, neurons, n, skipped, first.signed, first.groups, facts)
+        found = together(parts)
+        if chosen is None and self.pairs is not None:
+            return replace(found, facts={**found.facts, "pairs": self.pairs})
+        return found
 
     def split_half(self, size: float, n_splits: int = 20, seed: int = 0) -> pl.DataFrame:
         """Overlap of circuits of random halves of the blocks: the noise floor of every comparison.
@@ -74,16 +74,6 @@ class Blocks:
             table = pl.DataFrame(rows).select("group", "iou", "chance", "niou")
             tables.append(table.select(pl.lit(split).alias("split"), pl.all()))
         return pl.concat(tables)
-
-
-def _mean(parts: Sequence[NodeScores], kind: NodeKind) -> Scores:
-    """Mean over pairs, layer by layer: beside the result no more than a layer is held in float64."""
-    used = [part for part in parts if part.n_pairs]
-    n = sum(part.n_pairs for part in used)
-    out = np.full(getattr(parts[0], kind).shape, np.nan, np.float32)
-    for layer in range(len(out) if used else 0):
-        out[layer] = sum((part.n_pairs / n) * getattr(part, kind)[layer].astype(np.float64) for part in used)
-    return out
 
 
 def attribute_blocks(
@@ -120,7 +110,7 @@ def attribute_blocks(
         attribute(model, pairs[rows], out=folder, **attribution)
         for rows, folder in zip(cuts, folders, strict=True)
     )
-    return Blocks(tuple(parts))
+    return Blocks(tuple(parts), pairs_fingerprint(pairs))
 
 
 def split_half(

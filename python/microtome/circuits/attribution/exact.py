@@ -6,7 +6,8 @@ own node patched.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from microtome._core import __version__
 from microtome.circuits.attribution.settings import Settings
+from microtome.circuits.attribution.streaming import another_run, provenance
 from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape, NodeKind
 from microtome.circuits.circuit.scores import NodeScores
 from microtome.circuits.forward.decoder import Merged, last_logits, logit_difference
@@ -31,13 +32,22 @@ Nodes = npt.NDArray[np.int64]
 
 
 def exact_scores(
-    adapter: Any, pairs: PairSet, nodes: Circuit | None, settings: Settings, batch_size: int, progress: bool
-) -> NodeScores:
-    """Patch ``nodes`` (all when None) one by one; absolute effects per pair, mean over pairs, NaN for the others."""
+    adapter: Any, pairs: PairSet, nodes: Circuit | None, settings: Settings, batch_size: int,
+    out: str | Path | None, progress: bool,
+) -> NodeScores:  # fmt: skip
+    """Patch ``nodes`` (all when None) one by one; absolute effects per pair, mean over pairs, NaN for the others.
+
+    With ``out`` they are kept there, and read again when they are of the same nodes, pairs, settings and weights.
+    """
     shape = CircuitShape(adapter.n_layers, pairs.n_slots, adapter.n_heads, adapter.d_mlp)
     wanted = nodes if nodes is not None else Circuit.full(shape)
     if wanted.shape != shape:
         raise ShapeError(f"nodes: expected a circuit of shape {tuple(shape)}, found {tuple(wanted.shape)}")
+    told = [hashlib.blake2b(wanted.bits(kind).words.tobytes(), digest_size=16).hexdigest() for kind in KINDS]
+    facts = provenance(adapter, pairs, settings, told)
+    folder = None if out is None else Path(out)
+    if folder is not None and any((folder / name).exists() for name in ("scores.json", "run.json")):
+        return _kept(folder, facts["identity"])
     sums = {kind: np.zeros(shape.of(kind)) for kind in KINDS}
     at: dict[NodeKind, Nodes] = {kind: np.argwhere(wanted.mask(kind)) for kind in KINDS}
     n_variants = batch_size * _VARIANTS_PER_PAIR
@@ -63,15 +73,23 @@ def exact_scores(
     for kind, total_of in sums.items():
         mean = total_of / n_pairs if n_pairs else np.full_like(total_of, np.nan)
         means[kind] = np.where(wanted.mask(kind), mean, np.nan).astype(np.float32)
-    facts = {
-        **asdict(settings),
-        "model": type(adapter.model).__name__,
-        "version": __version__,
-        "align": pairs.align,
-    }
-    return NodeScores(
+    scores = NodeScores(
         means["heads"], means["neurons"], n_pairs, len(pairs) - n_pairs, settings.signed, pairs.groups, facts
     )
+    if folder is not None:
+        scores.save(folder)
+    return scores
+
+
+def _kept(folder: Path, identity: str) -> NodeScores:
+    """Scores that an earlier run left behind.
+
+    Raises:
+        StoreError: they are of something else.
+    """
+    if not (folder / "scores.json").exists() or NodeScores.load(folder).facts.get("identity") != identity:
+        raise another_run(folder)
+    return NodeScores.load(folder)
 
 
 def _effects(

@@ -62,13 +62,15 @@ def attribute(
         ig_path: ``"text_only"`` leaves image features clean on the path, as the paper's reference code does.
         head_reduce: ``"abs_sum"`` is |Σ over d_head|, the first-order effect of the head; ``"sum_abs"`` takes
             the absolute value of every dimension first, as the reference code does.
-        signed: keep signs instead of absolute values; opposite effects on different pairs then cancel.
+        signed: keep signs instead of absolute values; opposite effects on different pairs then cancel. Not with
+            ``"sum_abs"``.
         nodes: for ``"exact"``, the nodes to measure; the others are NaN. All when None.
         batch_size: pairs per forward; the points of a pair are batched besides.
         memory_budget: bytes, or text such as ``"2GiB"``, for what a run holds beside the model and the
             scores it returns: graph, activations and sums in progress. A smaller budget means smaller batches,
             layers run again, and several passes over layers and positions. With ``out`` scores are on disk too.
-        out: folder of a resumable run: finished parts are skipped, scores are mapped from disk.
+            Not with ``"exact"``, of which ``batch_size`` alone says what it holds.
+        out: folder of a resumable run: finished parts are skipped, scores are mapped from disk. ``"exact"`` has one part.
         progress: show a bar.
 
     Raises:
@@ -89,6 +91,11 @@ def attribute(
     pairs = as_pair_set(pairs)
     settings = Settings(method, steps, ig_path, head_reduce, signed)
     settings.check()
+    if batch_size < 1:
+        raise ShapeError(f"batch_size: expected 1 or more, found {batch_size}")
+    budget = parse_bytes(memory_budget)
+    if budget is not None and method == "exact":
+        raise ShapeError(f"memory_budget: expected none with method='exact', found {memory_budget!r}")
     if nodes is not None and method != "exact":
         raise ShapeError(
             f"nodes: expected method='exact', found {method!r}. Only exact patching takes a subset"
@@ -97,8 +104,8 @@ def attribute(
     with left_as_found(model):
         check_first(adapter, pairs)
         if method == "exact":
-            return exact_scores(adapter, pairs, nodes, settings, batch_size, progress)
-        plan = plan_run(adapter, pairs, settings, batch_size, parse_bytes(memory_budget))
+            return exact_scores(adapter, pairs, nodes, settings, batch_size, out, progress)
+        plan = plan_run(adapter, pairs, settings, batch_size, budget)
         with torch.inference_mode(False):
             return _run(adapter, pairs, settings, plan, out, progress)
 

@@ -116,7 +116,7 @@ class _Add:
         """(p, H, d_head) or (p, m) to one number per node (p, width)."""
         if kind == "neurons":
             return product
-        if self.settings.head_reduce == "sum_abs" and not self.settings.signed:
+        if self.settings.head_reduce == "sum_abs":
             return product.abs().sum(-1)
         return product.sum(-1)
 

@@ -37,6 +37,10 @@ class Settings:
         }
         for name, allowed in options.items():
             require_one_of(name, getattr(self, name), allowed)
+        if self.signed and self.head_reduce == "sum_abs":
+            raise ShapeError(
+                "head_reduce: expected 'abs_sum' with signed=True, found 'sum_abs'. Its absolute values have no sign"
+            )
         if self.steps < 1:
             raise ShapeError(f"steps: expected 1 or more, found {self.steps}")
 

@@ -29,10 +29,34 @@ from microtome.circuits.pairs.pair_set import PairSet
 from microtome.errors import StoreError
 from microtome.whole import write_whole
 
-__all__ = ["Stream"]
+__all__ = ["Stream", "another_run", "provenance"]
 
 CHECKPOINT_SECONDS = 60.0
 """Least time between two saves of the sums in progress."""
+
+
+def another_run(folder: Path) -> StoreError:
+    """The refusal of a folder that holds scores of something else."""
+    return StoreError(
+        f"attribution: {folder}: expected a run of these pairs, settings and weights, found another one. "
+        "Choose another folder"
+    )
+
+
+def provenance(adapter: Any, pairs: PairSet, settings: Settings, *more: Any) -> dict[str, Any]:
+    """What makes scores; ``identity`` is a digest of weights, pairs, settings and ``more``."""
+    model = adapter.model
+    made_of = {"weights": weights_fingerprint(model), "pairs": pairs_fingerprint(pairs)}
+    told = repr((settings, made_of, *more))
+    return {
+        **asdict(settings),
+        "model": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "version": __version__,
+        **made_of,
+        "identity": hashlib.blake2b(told.encode(), digest_size=16).hexdigest(),
+        "align": pairs.align,
+    }
 
 
 class Stream:
@@ -48,10 +72,9 @@ class Stream:
         self._saved_at = time.monotonic()
         layers, slots = adapter.n_layers, pairs.n_slots
         shapes = {"heads": (layers, slots, adapter.n_heads), "neurons": (layers, slots, adapter.d_mlp)}
-        self._made_of = {"weights": weights_fingerprint(adapter.model), "pairs": pairs_fingerprint(pairs)}
         self._plan = {"tiles": repr(plan.tiles), "n_tiles": len(plan.tiles), "batch_size": plan.batch_size}
-        told = repr((settings, self._made_of))
-        self._identity = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        self._facts = provenance(adapter, pairs, settings)
+        self._identity = self._facts["identity"]
         if self._folder is None:
             self._arrays: dict[str, npt.NDArray[np.float32]] = {
                 k: np.zeros(s, np.float32) for k, s in shapes.items()
@@ -63,13 +86,12 @@ class Stream:
         self, folder: Path, shapes: dict[str, tuple[int, int, int]]
     ) -> dict[str, npt.NDArray[np.float32]]:
         record = folder / "run.json"
+        if not record.exists() and (folder / "scores.json").exists():
+            raise another_run(folder)
         if record.exists():
             known = json.loads(record.read_text())
             if known["identity"] != self._identity:
-                raise StoreError(
-                    f"attribution: {folder}: expected a run of these pairs, settings and weights, found another one. "
-                    "Choose another folder"
-                )
+                raise another_run(folder)
             self._take_up(folder, known)
             return {k: np.lib.format.open_memmap(folder / f"{k}.npy", mode="r+") for k in shapes}
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,16 +184,6 @@ class Stream:
     def scores(self) -> NodeScores:
         """All tiles together."""
         n_pairs, n_skipped = next(iter(self._finished.values()))
-        model = self._adapter.model
-        facts = {
-            **asdict(self._settings),
-            "model": type(model).__name__,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "version": __version__,
-            **self._made_of,
-            "identity": self._identity,
-            "align": self._pairs.align,
-        }
         scores = NodeScores(
             self._arrays["heads"],
             self._arrays["neurons"],
@@ -179,7 +191,7 @@ class Stream:
             n_skipped,
             self._settings.signed,
             self._pairs.groups,
-            facts,
+            self._facts,
         )
         if self._folder is not None:
             scores.save(self._folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,11 @@ import numpy.typing as npt
 import polars as pl
 
 from microtome.circuits.choices import require_one_of
-from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape
+from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape, NodeKind
 from microtome.errors import ShapeError
 from microtome.metrics import Bitset, top_n
 
-__all__ = ["MIB_SIZES", "SIZES", "NodeScores"]
+__all__ = ["MIB_SIZES", "SIZES", "NodeScores", "together"]
 
 SIZES: tuple[float, ...] = tuple(
     sorted({0.001, 0.005, *(round(i / 100, 2) for i in range(21)), 0.3, 0.5, 0.7, 0.9})
@@ -120,17 +121,7 @@ class NodeScores:
             raise ShapeError(
                 f"merge: expected scores of shape {tuple(self.shape)}, found {tuple(other.shape)}"
             )
-        n = self.n_pairs + other.n_pairs
-        a, b = self.n_pairs / n, other.n_pairs / n
-        return NodeScores(
-            (a * self.heads + b * other.heads).astype(np.float32),
-            (a * self.neurons + b * other.neurons).astype(np.float32),
-            n,
-            self.n_skipped + other.n_skipped,
-            self.signed,
-            self.groups,
-            self.facts,
-        )
+        return together((self, other))
 
     def to_polars(self, n: int = 1000) -> pl.DataFrame:
         """The ``n`` nodes of each kind with the largest magnitude: kind, layer, position, index, score."""
@@ -172,6 +163,28 @@ class NodeScores:
         groups = {g: tuple(p) for g, p in known.pop("groups").items()}
         heads, neurons = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("heads", "neurons"))
         return cls(heads, neurons, groups=groups, **known)
+
+
+def together(parts: Sequence[NodeScores]) -> NodeScores:
+    """The mean over the pairs of all parts, which compare; parts without pairs count nothing."""
+    first = parts[0]
+    blocks = [part.facts.get("pairs") for part in parts]
+    facts = {name: fact for name, fact in first.facts.items() if name != "identity" or len(parts) == 1}
+    if len(parts) > 1:
+        facts["pairs"] = hashlib.blake2b(repr(blocks).encode(), digest_size=8).hexdigest()
+    heads, neurons = (_mean(parts, kind) for kind in KINDS)
+    n, skipped = sum(part.n_pairs for part in parts), sum(part.n_skipped for part in parts)
+    return NodeScores(heads, neurons, n, skipped, first.signed, first.groups, facts | {"blocks": blocks})
+
+
+def _mean(parts: Sequence[NodeScores], kind: NodeKind) -> Scores:
+    """Mean over pairs, layer by layer: beside the result no more than a layer is held in float64."""
+    used = [part for part in parts if part.n_pairs]
+    n = sum(part.n_pairs for part in used)
+    out = np.full(getattr(parts[0], kind).shape, np.nan, np.float32)
+    for layer in range(len(out) if used else 0):
+        out[layer] = sum((part.n_pairs / n) * getattr(part, kind)[layer].astype(np.float64) for part in used)
+    return out
 
 
 def _top(scores: Scores, n: int) -> Bitset:
