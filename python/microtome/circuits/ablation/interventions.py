@@ -11,12 +11,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from microtome.circuits.ablation.replacements import mean_values
 from microtome.circuits.choices import require_one_of
+from microtome.circuits.forward.directions import finite_direction
 from microtome.circuits.forward.restore import left_as_found
 from microtome.circuits.pairs.pair_set import PairSet, as_pair_set
 from microtome.errors import ShapeError
@@ -44,6 +44,7 @@ def ablate_features(
 
     Raises:
         ShapeError: a layer that does not exist, another width, or a direction of length 0.
+        NonFiniteError: a direction with NaN or infinity.
 
     Example:
         >>> from microtome import organism
@@ -68,10 +69,10 @@ def _basis(adapter: Any, layer: int, vectors: Any) -> Tensor:
     """Orthonormal rows that span the directions, ``(rank, d)``."""
     if not 0 <= layer < adapter.n_layers:
         raise ShapeError(f"directions: expected layers 0 to {adapter.n_layers - 1}, found {layer}")
-    rows = torch.atleast_2d(torch.as_tensor(np.asarray(vectors, np.float64)))
-    if rows.shape[-1] != adapter.d_model:
+    rows = torch.atleast_2d(finite_direction(f"directions: layer {layer}", vectors))
+    if rows.ndim != 2 or rows.shape[-1] != adapter.d_model:
         raise ShapeError(
-            f"directions: layer {layer}: expected width {adapter.d_model}, found {rows.shape[-1]}"
+            f"directions: layer {layer}: expected width {adapter.d_model}, found shape {tuple(rows.shape)}"
         )
     norms = rows.norm(dim=-1, keepdim=True)
     if bool((norms == 0).any()):
@@ -158,7 +159,7 @@ def ablate_heads(
         if layer not in means:
             raise ShapeError(f"means: expected a mean of layer {layer}, found layers {sorted(means)}")
         of_layer.setdefault(layer, []).append(head)
-    tensors = {layer: torch.as_tensor(means[layer]) for layer in of_layer}
+    tensors = {layer: torch.as_tensor(means[layer]).detach() for layer in of_layer}
     for layer, mean in tensors.items():
         if mean.shape[-2:] != (adapter.n_heads, adapter.d_head):
             raise ShapeError(

@@ -26,6 +26,7 @@ from torch import Tensor
 from microtome.circuits.choices import require_one_of
 from microtome.circuits.forward.attention import Watch, watched_attention
 from microtome.circuits.forward.decoder import Merged, decode, merge
+from microtome.circuits.forward.directions import finite_direction
 from microtome.circuits.forward.nodes import on_residuals
 from microtome.circuits.forward.restore import left_as_found
 from microtome.circuits.pairs.pair_set import PairBatch, PairSet, as_pair_set
@@ -139,12 +140,13 @@ def feature_attribution(
 
     Raises:
         ShapeError: the layer or the width is not the model's, or an option is not one of those there are.
+        NonFiniteError: a direction with NaN or infinity.
     """
     from microtome.capture.models import adapt
 
     pairs = as_pair_set(pairs)
     adapter = adapt(model)
-    v = torch.as_tensor(np.asarray(direction, np.float32), device=model.device)
+    v = finite_direction("direction", direction).to(model.device, torch.float32)
     if not 0 <= layer < adapter.n_layers or v.shape != (adapter.d_model,):
         raise ShapeError(
             f"feature: expected a layer below {adapter.n_layers} and a direction ({adapter.d_model},), found layer {layer} "
