@@ -9,7 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from diffing_cases import write_store  # noqa: E402
 from microtome.dictionary import Crosscoder, TrainConfig, train_crosscoder  # noqa: E402
+from microtome.dictionary.crosscoder import StackedRows  # noqa: E402
 from microtome.errors import CheckpointError, ShapeError  # noqa: E402
 
 D, EACH = 16, 6
@@ -118,6 +120,22 @@ def test_dictionary_of_one_model_is_no_crosscoder(tmp_path):
 def test_rows_that_do_not_belong_together_are_refused(acts, change, message):
     with pytest.raises(ShapeError, match=message):
         train_crosscoder(acts, told(**change))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"columns": {"id": [f"other{i}" for i in range(9)]}}, "other sample ids in b"),
+        ({"token_ids": np.arange(36) + 500}, "other samples, positions or token ids in b"),
+    ],
+)
+def test_stores_of_other_questions_or_other_tokens_are_refused(other, message, tmp_path):
+    hook, x = "blocks.0.hook_resid_post", np.random.default_rng(0).normal(size=(36, 8))
+    same = [write_store(tmp_path / name, {hook: x}, 4, {})[hook] for name in "ac"]
+    assert StackedRows(dict(zip("ac", same, strict=True))).shape == (36, 16)
+    found = write_store(tmp_path / "b", {hook: x}, 4, other.pop("columns", {}), **other)[hook]
+    with pytest.raises(ShapeError, match=message):
+        train_crosscoder({"a": same[0], "b": found}, told())
 
 
 def test_missing_model_is_refused_by_name(trained):

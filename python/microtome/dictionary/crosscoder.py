@@ -36,6 +36,7 @@ __all__ = ["Crosscoder", "CrosscoderResult", "StackedRows", "train_crosscoder"]
 
 _SAMPLE_ROWS = 32_768
 _BLOCK_ROWS = 16_384
+_PLACE = ("sample", "position", "token_id")
 
 
 class StackedRows:
@@ -64,11 +65,20 @@ class StackedRows:
         self.scales = tuple(scales) if scales is not None else tuple(self._scale(x) for x in acts.values())
 
     def _check_tokens(self) -> None:
-        tables = [x.rows.select("sample", "position").collect() for x in self.acts.values()]
-        if not all(table.equals(tables[0]) for table in tables):
-            raise ShapeError(
-                f"acts: expected the same samples and positions in {' and '.join(self.acts)}, found other tokens"
-            )
+        """Sample numbers are each store's own count, so the ids behind them and the tokens decide."""
+        columns = [x.rows.collect_schema().names() for x in self.acts.values()]
+        places = [name for name in _PLACE if all(name in names for names in columns)]
+        parts = {
+            "samples, positions or token ids": [x.rows.select(places).collect() for x in self.acts.values()]
+        }
+        if all(hasattr(x, "store") for x in self.acts.values()):
+            parts["sample ids"] = [_ids(x) for x in self.acts.values()]
+        for what, tables in parts.items():
+            for name, table in zip(self.acts, tables, strict=True):
+                if not table.equals(tables[0]):
+                    raise ShapeError(
+                        f"acts: expected the same tokens in {' and '.join(self.acts)}, found other {what} in {name}"
+                    )
 
     def _scale(self, x: Any) -> float:
         chosen = np.unique(
@@ -105,6 +115,13 @@ class StackedRows:
                 "loss_where: expected activations of stores, found arrays. Select their rows before"
             )
         return StackedRows({name: x.where(predicate) for name, x in self.acts.items()}, self.scales)
+
+
+def _ids(x: Any) -> pl.DataFrame:
+    """``sample`` and ``id`` of the samples that rows of a store belong to."""
+    seen = x.rows.select("sample").unique()
+    ids: pl.DataFrame = x.store.samples.select("sample", "id").join(seen, on="sample", how="semi").collect()
+    return ids.sort("sample")
 
 
 def _gather(x: Any, rows: Any) -> Tensor:
