@@ -31,6 +31,12 @@ RECIPES = {
     },
     "topk, layer norm": {"activation": "topk", "k": K, "normalize": "layer_norm"},
     "topk, row norm": {"activation": "topk", "k": K, "normalize": "constant_norm_rescale"},
+    "topk, norm-aware, layer norm": {
+        "activation": "topk",
+        "k": K,
+        "norm_aware": True,
+        "normalize": "layer_norm",
+    },
     "batch_topk": {"activation": "batch_topk", "k": K},
     "jumprelu, rescaled": {"activation": "jumprelu", "rescale_acts_by_decoder_norm": True},
     "jumprelu": {"activation": "jumprelu"},

@@ -131,13 +131,17 @@ def _drop_unit_scale(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def write(sae: Parameters, path: Path) -> Path:
-    """Scale folded in; a norm-aware Top-K becomes ``rescale_acts_by_decoder_norm``, codes times the norms."""
+    """Scale folded in; the codes of a norm-aware Top-K are then times the decoder norms.
+
+    SAELens says so by ``rescale_acts_by_decoder_norm``, for rows that it does not normalise; for others the norms are
+    in the weights.
+    """
     transcoder = sae.d_in != sae.d_out or "W_skip" in sae.tensors
     recipe = sae.recipe
-    if recipe.norm_aware and "threshold" not in sae.tensors and recipe.activation in ("topk", "batch_topk"):
+    if recipe.normalize == "none" and recipe.norm_aware and sae.slots is not None:
         rescaled = sae.fold_scale()
         made = rescaled.with_tensors(
-            rescaled.tensors, rescaled.recipe.replace(rescale_acts_by_decoder_norm=recipe.normalize == "none")
+            rescaled.tensors, rescaled.recipe.replace(rescale_acts_by_decoder_norm=True)
         )
     else:
         apply_b_dec = recipe.apply_b_dec_to_input and not transcoder
