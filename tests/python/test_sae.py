@@ -48,6 +48,7 @@ RECIPES = {
     },
     "relu": {"activation": "relu"},
     "gated": {"activation": "gated", "apply_b_dec_to_input": True},
+    "gated, rescaled": {"activation": "gated", "rescale_acts_by_decoder_norm": True},
 }
 
 
@@ -80,7 +81,8 @@ def definition(sae: mt.SAE, x: torch.Tensor) -> np.ndarray:
     norms = np.linalg.norm(t["W_dec"], axis=1)
     if r.activation == "gated":
         magnitude = np.exp(t["r_mag"]) * (u @ t["W_enc"]) + t["b_mag"]
-        return np.where(u @ t["W_enc"] + t["b_gate"] > 0, np.maximum(magnitude, 0), 0)
+        codes = np.where(u @ t["W_enc"] + t["b_gate"] > 0, np.maximum(magnitude, 0), 0)
+        return codes * (norms if r.rescale_acts_by_decoder_norm else 1)
     pre = u @ t["W_enc"] + t["b_enc"]
     score = pre * (norms if r.norm_aware else 1)
     chosen = score > t["threshold"] if "threshold" in t else np.ones_like(pre, bool)

@@ -70,7 +70,7 @@ class PackedEncoder:
     def _finished(self, codes: Any) -> SparseCodes | RaggedCodes:
         """Magnitudes of a gated dictionary; codes times the decoder norm where the recipe rescales them."""
         if self.recipe.activation == "gated":
-            return self._magnitudes(codes)
+            codes = self._magnitudes(codes)
         if not self.recipe.rescale_acts_by_decoder_norm:
             return codes  # type: ignore[no-any-return]
         scaled = codes.values * self.norms.numpy()[codes.indices]

@@ -77,6 +77,13 @@ def topk_mask(score: Tensor, k: int) -> Tensor:
 
 def activate(pre: Tensor, tensors: Tensors, recipe: Recipe) -> Tensor:
     """Codes of pre-activations, dense ``(n, d_sae)``; gradients pass through the selected entries only."""
+    codes = _selected(pre, tensors, recipe)
+    if recipe.rescale_acts_by_decoder_norm:
+        codes = codes * tensors["W_dec"].norm(dim=1)
+    return codes
+
+
+def _selected(pre: Tensor, tensors: Tensors, recipe: Recipe) -> Tensor:
     if recipe.activation == "gated":
         magnitude = (pre - tensors["b_gate"]) * tensors["r_mag"].exp() + tensors["b_mag"]
         return functional.relu(magnitude) * (pre > 0)
@@ -84,11 +91,9 @@ def activate(pre: Tensor, tensors: Tensors, recipe: Recipe) -> Tensor:
     score = scores(pre.detach(), {name: t.detach() for name, t in tensors.items()}, recipe)
     threshold = tensors.get("threshold")
     if threshold is not None:
-        codes = codes * (score > threshold)
-    elif recipe.activation in ("topk", "batch_topk"):
-        codes = codes * topk_mask(score, int(recipe.k or 1))
-    if recipe.rescale_acts_by_decoder_norm:
-        codes = codes * tensors["W_dec"].norm(dim=1)
+        return codes * (score > threshold)
+    if recipe.activation in ("topk", "batch_topk"):
+        return codes * topk_mask(score, int(recipe.k or 1))
     return codes
 
 
