@@ -22,7 +22,7 @@ from microtome.dictionary.train.sparse import preactivations, topk_autoencode
 
 __all__ = ["Step", "decoder_norms", "objective"]
 
-_L1 = 5.0
+_SPARSITY = {"jumprelu": 1.0, "relu": 5.0, "gated": 5.0}
 
 
 class Step(NamedTuple):
@@ -97,23 +97,24 @@ def _dense(
     pre = preactivations(u, weights["encoder"], bias, config.autocast is not None)
     norms = decoder_norms(weights["W_dec"], parts)
     penalty, floor = pre.new_zeros(()), None
+    sparsity = config.sparsity if config.sparsity is not None else _SPARSITY.get(recipe.activation, 0.0)
     if recipe.activation == "batch_topk":
         codes, floor = _batch_topk(pre, norms.detach() if recipe.norm_aware else None, k)
     elif recipe.activation == "jumprelu":
         threshold = weights["log_threshold"].exp()
         codes = _JumpReLU.apply(pre, threshold, config.bandwidth)
         l0 = _Heaviside.apply(pre, threshold, config.bandwidth).sum(1).mean()
-        penalty = (config.sparsity or 1.0) * (l0 / k - 1).square()
+        penalty = sparsity * (l0 / k - 1).square()
     elif gated:
         magnitude = (pre - bias) * weights["r_mag"].exp() + weights["b_mag"]
         codes = magnitude.relu() * (pre > 0)
         gate = pre.relu()
         seen = gate @ weights["W_dec"].detach() + weights["b_dec"].detach()
-        penalty = (config.sparsity or _L1) * (gate * norms.detach()).sum(1).mean() / variance
+        penalty = sparsity * (gate * norms.detach()).sum(1).mean() / variance
         penalty = penalty + (x - seen).square().sum(1).mean() / variance
     else:
         codes = pre.relu()
-        penalty = (config.sparsity or _L1) * (codes * norms).sum(1).mean() / variance
+        penalty = sparsity * (codes * norms).sum(1).mean() / variance
     error = x - codes @ weights["W_dec"] - weights["b_dec"]
     loss = error.square().sum(1).mean() / variance + penalty
     return Step(loss, (codes > 0).any(0), floor), error
