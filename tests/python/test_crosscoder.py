@@ -142,3 +142,5 @@ def test_missing_model_is_refused_by_name(trained):
     acts, _, result = trained
     with pytest.raises(ShapeError, match="expected rows of base, other, found base"):
         result.crosscoder.encode({"base": acts["base"]})
+    with pytest.raises(ShapeError, match="b: expected one of base, other, found 'zzz'"):
+        result.crosscoder.compare("base", "zzz")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microtome.diffing import neutral_survivors, select_adapted, select_spatial, sensitivity, summary
+from microtome.diffing.study import DiffConfig
 from microtome.errors import ShapeError
 
 
@@ -143,3 +144,22 @@ def test_shares_outside_the_unit_interval_are_refused(p):
 def test_missing_columns_are_named():
     with pytest.raises(ShapeError, match="decoder_cosine"):
         select_adapted(features().drop("decoder_cosine"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"regimes": "text"}, "regimes: expected a tuple of at least one, found 'text'"),
+        ({"regimes": ()}, "regimes: expected a tuple of at least one"),
+        ({"adapt_steps": 0}, "adapt_steps: expected a whole number of at least 1, found 0"),
+        ({"neighbours": 1.5}, "neighbours: expected a whole number"),
+        ({"min_odds_ratio": math.nan}, r"min_odds_ratio: expected a number in \[0, inf\), found nan"),
+        ({"max_q": -1.0}, r"max_q: expected a number in \[0, 1\], found -1.0"),
+        ({"min_gap": math.nan}, r"min_gap: expected a number in \[-1, 1\], found nan"),
+        ({"level": 1.0}, r"level: expected a number in \(0, 1\), found 1.0"),
+        ({"unit": "row"}, "unit: expected one of token, sample, found 'row'"),
+    ],
+)
+def test_study_that_means_nothing_is_refused(change, message):
+    with pytest.raises(ShapeError, match=message):
+        DiffConfig(**change)

@@ -341,7 +341,7 @@ def test_quality_is_fraction_of_variance_unexplained():
         ({"W_enc": torch.full((D, F), math.nan)}, NonFiniteError, "W_enc: expected finite"),
         ({"W_enc": torch.zeros(D, F, dtype=torch.int)}, DtypeError, "W_enc: expected floating"),
         ({"k": F + 1}, ShapeError, "k: expected at most d_sae = 40, found 41"),
-        ({"k": 0}, ShapeError, "k: expected at least 1"),
+        ({"k": 0}, ShapeError, "k: expected a whole number of at least 1"),
         ({"k": None}, ShapeError, "k: expected the number"),
         ({"activation": "topk2"}, CheckpointError, "activation: expected one of topk"),
         ({"activation": "jumprelu"}, CheckpointError, "threshold: expected a threshold"),
@@ -397,6 +397,29 @@ def test_activations_of_another_hook_are_refused_with_both_sides_named(hook, fit
     sae = dictionary(**RECIPES["topk"], hook_name="blocks.3.hook_resid_post")
     with pytest.raises(HookError, match="x: expected activations of"):
         sae.encode(Captured(hook))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_scale": 0.0}, r"input_scale: expected a number in \(0, inf\), found 0.0"),
+        ({"output_scale": math.inf}, "output_scale: expected a number"),
+        ({"k": 2.5}, "k: expected a whole number of at least 1, found 2.5"),
+        ({"norm_aware": "no"}, "norm_aware: expected True or False, found 'no'"),
+        ({"relu": "never"}, "relu: expected one of before_topk, after_topk, found 'never'"),
+        ({"activation": []}, "activation: expected one of"),
+    ],
+)
+def test_recipe_that_means_nothing_is_refused(change, message):
+    with pytest.raises((ShapeError, CheckpointError), match=message):
+        Recipe(**{"activation": "topk", "k": 4, **change})
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_no_rows_give_no_codes(recipe):
+    sae, x = dictionary(**recipe), rows(0)
+    assert len(sae.encode(x)) == len(sae.encode(x.numpy())) == len(encode_on_device(sae, x)) == 0
+    assert sae.encode_torch(x.numpy()).shape == (0, F)
 
 
 def test_unknown_field_of_a_recipe_is_refused():

@@ -20,7 +20,7 @@ from microtome.dictionary.train import checkpoint, layers  # noqa: E402
 from microtome.dictionary.train.data import BatchReader, RowSource, Shuffle  # noqa: E402
 from microtome.dictionary.train.sparse import topk_autoencode  # noqa: E402
 from microtome.dictionary.train.start import geometric_median  # noqa: E402
-from microtome.errors import CheckpointError, HookError, NonFiniteError, ShapeError  # noqa: E402
+from microtome.errors import CheckpointError, DtypeError, HookError, NonFiniteError, ShapeError  # noqa: E402
 
 D, PLANTED = 16, 24
 HOOK = "blocks.1.hook_resid_post"
@@ -98,6 +98,16 @@ def test_l1_dictionaries_learn_too(activation):
     assert float(cosine.max(1).values.mean()) > 0.8
     assert result.fvu < 0.3
     assert result.curves["l0"][-1] < 16
+
+
+@pytest.mark.parametrize("activation", ["relu", "gated", "jumprelu"])
+def test_a_sparsity_of_zero_is_no_sparsity(activation):
+    losses = [
+        train_sae(planted(2000)[0], config(activation=activation, steps=1, sparsity=weight)).curves["loss"][0]
+        for weight in (0.0, 1e-12, None)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] < losses[2]
 
 
 def test_fvu_on_held_out_rows_falls_and_is_that_of_the_dictionary():
@@ -503,6 +513,24 @@ def test_batches_are_ready_before_they_are_asked_for():
         (torch.zeros(0, D), {}, ShapeError, "found none"),
         (torch.zeros(10), {}, ShapeError, r"expected rows \(n, d\)"),
         (torch.zeros(50, D), {}, ShapeError, "found zeros alone"),
+        (
+            [[0.0] * D] * 50,
+            {},
+            DtypeError,
+            "acts: expected activations of a store, a tensor or an array, found list",
+        ),
+        (
+            torch.ones(50, D),
+            {"max_norm_multiple": 0.5},
+            ShapeError,
+            "max_norm_multiple: expected rows within it",
+        ),
+        (
+            torch.randn(50, D),
+            {"d_sae": None, "expansion": 1, "k": 17},
+            ShapeError,
+            "k: expected at most d_sae = 16",
+        ),
         (torch.full((50, D), math.nan), {}, NonFiniteError, "NaN or infinity in row"),
         (
             torch.randn(50, D),
@@ -523,13 +551,29 @@ def test_rows_that_cannot_be_trained_on_are_refused(rows, change, error, message
         train_sae(rows, config(**change))
 
 
+COUNTS = ("eval_every", "checkpoint_every", "dead_after_tokens", "shuffle_block_rows", "shuffle_pool_rows")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"k": 0}, "k: expected a whole number"),
-        ({"warmup": 1.5}, "warmup: expected a fraction"),
+        ({"warmup": 1.5}, r"warmup: expected a number in \[0, 1\), found 1.5"),
         ({"steps": 5, "tokens": 10}, "steps: expected steps or tokens"),
-        ({"lr": -1.0}, "lr: expected above 0"),
+        ({"lr": -1.0}, r"lr: expected a number in \(0, inf\)"),
+        *(({name: 0}, f"{name}: expected a whole number of at least 1, found 0") for name in COUNTS),
+        ({"k": True}, "k: expected a whole number of at least 1, found True"),
+        ({"k": None}, "k: expected a whole number of at least 1, found None"),
+        ({"k": 33}, "k: expected at most d_sae = 32, found 33"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0, found -1"),
+        ({"max_norm_multiple": 0.0}, r"max_norm_multiple: expected a number in \(0, inf\), found 0.0"),
+        ({"bandwidth": 0.0}, "bandwidth: expected a number"),
+        ({"threshold_beta": 2.0}, "threshold_beta: expected a number"),
+        ({"auxk_alpha": math.nan}, "auxk_alpha: expected a number"),
+        ({"sparsity": math.inf}, "sparsity: expected a number"),
+        ({"decoder_norm": "Unit"}, "decoder_norm: expected one of unit, free, found 'Unit'"),
+        ({"b_dec_init": "mean"}, "b_dec_init: expected one of"),
+        ({"autocast": "none"}, "autocast: expected None or 'bfloat16', found 'none'"),
         ({"activation": "tanh"}, "activation: expected one of"),
     ],
 )

@@ -190,8 +190,15 @@ class Crosscoder:
         Returns:
             ``feature``; ``relative_norm`` ``‖d^b‖ / (‖d^a‖ + ‖d^b‖)`` (0: only in a, 1: only in b; Kissane et
             al. call 0.3 to 0.7 shared); ``log_norm_ratio`` ``ln ‖d^b‖/‖d^a‖``; ``raw_log_norm_ratio`` the
-            same on the models' own scales; ``cosine`` of the two decoder rows. NaN where a row is zero.
+            same on the models' own scales; ``cosine`` of the two decoder rows. Where one of the rows is zero, the norm is 0 or 1, the
+            ratios are infinite and the cosine is NaN; where both are, all are NaN.
+
+        Raises:
+            ShapeError: a name that is none of the models.
         """
+        for argument, name in (("a", a), ("b", b)):
+            if name is not None and name not in self.models:
+                raise ShapeError(f"{argument}: expected one of {', '.join(self.models)}, found {name!r}")
         first, second = (self.models.index(name or self.models[i]) for i, name in enumerate((a, b)))
         d_a, d_b = self.W_dec[first].double(), self.W_dec[second].double()
         norm_a, norm_b = d_a.norm(dim=1), d_b.norm(dim=1)

@@ -46,7 +46,7 @@ def encoder_input(x: Tensor, tensors: Tensors, recipe: Recipe) -> Tensor:
 
 def row_normalization(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Shift and divisor of every row, each ``(n, 1)``: mean and deviation, or 0 and ``‖x‖ / sqrt(d_in)``."""
-    if recipe.normalize == "layer_norm":
+    if recipe.normalize == "layer_norm" and len(x):  # torch warns of a deviation of nothing
         mean = x.mean(-1, keepdim=True)
         return mean, (x - mean).std(-1, keepdim=True)
     return x.new_zeros(x.shape[0], 1), x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from microtome.dictionary.fields import Bounds, check_flags, check_numbers, check_whole, check_words
 from microtome.errors import CheckpointError, ShapeError
 
 __all__ = ["Activation", "Normalize", "Recipe"]
 
 Activation = Literal["topk", "batch_topk", "jumprelu", "relu", "gated"]
 Normalize = Literal["none", "layer_norm", "constant_norm_rescale"]
+ReluPlace = Literal["before_topk", "after_topk"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Recipe:
     """What turns pre-activations into codes."""
     k: int | None = None
     """Features kept per row (``topk``), or on average (``batch_topk``)."""
-    relu: Literal["before_topk", "after_topk"] = "before_topk"
+    relu: ReluPlace = "before_topk"
     """Where the ReLU stands. Both orders give the same positive codes; it is kept for the record."""
     apply_b_dec_to_input: bool = False
     """Whether ``b_dec`` is subtracted from the input."""
@@ -65,18 +67,14 @@ class Recipe:
     """Whatever else the source file said (context size, BOS, data set); carried along, never read."""
 
     def __post_init__(self) -> None:
-        if self.activation not in get_args(Activation):
-            raise CheckpointError(
-                f"activation: expected one of {', '.join(get_args(Activation))}, found {self.activation!r}"
-            )
-        if self.normalize not in get_args(Normalize):
-            raise CheckpointError(
-                f"normalize: expected one of {', '.join(get_args(Normalize))}, found {self.normalize!r}"
-            )
+        check_words(
+            self, {"activation": Activation, "normalize": Normalize, "relu": ReluPlace}, CheckpointError
+        )
+        check_whole(self, ["k"])
+        check_numbers(self, dict.fromkeys(("input_scale", "output_scale"), Bounds(0)))
+        check_flags(self, ["apply_b_dec_to_input", "norm_aware", "rescale_acts_by_decoder_norm"])
         if self.activation == "topk" and self.k is None:
             raise ShapeError("k: expected the number of features kept per row, found None. Pass k=")
-        if self.k is not None and self.k < 1:
-            raise ShapeError(f"k: expected at least 1, found {self.k}")
         if self.rescale_acts_by_decoder_norm and not self.norm_aware:
             object.__setattr__(self, "norm_aware", True)
 

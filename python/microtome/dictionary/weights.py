@@ -28,12 +28,12 @@ _SHAPES = {  # every tensor a dictionary may have, by the names of its axes
 
 
 def rows_of(x: Any, block_rows: int) -> Iterator[Tensor]:
-    """Blocks of rows as tensors, in order, from a tensor, an array or :class:`microtome.Activations`."""
-    if hasattr(x, "blocks"):
+    """Blocks of rows as tensors, in order, from a tensor, an array or :class:`microtome.Activations`; at least one."""
+    if hasattr(x, "blocks") and len(x):
         for block in x.blocks(block_rows):
             yield torch.as_tensor(block)
         return
-    for start in range(0, len(x), block_rows):
+    for start in range(0, max(len(x), 1), block_rows):
         yield torch.as_tensor(x[start : start + block_rows])
 
 

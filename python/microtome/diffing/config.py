@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import polars as pl
 
 from microtome.dictionary import TrainConfig
+from microtome.dictionary.fields import Bounds, check_flags, check_numbers, check_whole, check_words
 from microtome.errors import ShapeError
 
 __all__ = ["REGIMES", "DiffConfig"]
@@ -24,6 +25,15 @@ REGIMES: dict[str, pl.Expr | None] = {
 TextDictionary = Literal["adapted", "base"]
 Tokens = Literal["all", "text", "image"]
 Unit = Literal["token", "sample"]
+
+_WORDS = {"text_dictionary": TextDictionary, "gap_tokens": Tokens, "gap_average": Unit, "unit": Unit}
+_NUMBERS = {
+    **dict.fromkeys(("p_gap", "p_cos", "spatial_top"), Bounds(0, 1, with_high=True)),
+    **dict.fromkeys(("holdout", "level"), Bounds(0, 1)),
+    **dict.fromkeys(("max_q", "min_neutral_frequency", "min_image_mass"), Bounds(0, 1, True, True)),
+    "min_gap": Bounds(-1, 1, with_low=True, with_high=True),
+    "min_odds_ratio": Bounds(0, with_low=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,26 +102,12 @@ class DiffConfig:
     """Top samples per feature and data set."""
 
     def __post_init__(self) -> None:
+        given: object = self.regimes
+        if isinstance(given, str) or not given:
+            raise ShapeError(f"regimes: expected a tuple of at least one, found {given!r}")
         if unknown := sorted(set(self.regimes) - set(REGIMES)):
             raise ShapeError(f"regimes: expected some of {', '.join(REGIMES)}, found {unknown[0]!r}")
-        if not self.regimes:
-            raise ShapeError("regimes: expected at least one, found none")
-        for name, kind in (
-            ("text_dictionary", TextDictionary),
-            ("gap_tokens", Tokens),
-            ("gap_average", Unit),
-            ("unit", Unit),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                raise ShapeError(
-                    f"{name}: expected {' or '.join(get_args(kind))}, found {getattr(self, name)!r}"
-                )
-        for name in ("p_gap", "p_cos", "spatial_top"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ShapeError(f"{name}: expected a share in (0, 1], found {getattr(self, name)}")
-        for name in ("holdout", "level"):
-            if not 0 < getattr(self, name) < 1:
-                raise ShapeError(f"{name}: expected a number between 0 and 1, found {getattr(self, name)}")
-        for name in ("neighbours", "draws", "top_samples"):
-            if getattr(self, name) < 1:
-                raise ShapeError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        check_words(self, _WORDS)
+        check_whole(self, ["adapt_steps", "neighbours", "draws", "top_samples"])
+        check_numbers(self, _NUMBERS)
+        check_flags(self, ["base_is_complement"])

@@ -5,14 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import polars as pl
 
+from microtome.dictionary.fields import Bounds, check_flags, check_numbers, check_whole, check_words
 from microtome.dictionary.recipe import Activation
 from microtome.errors import DtypeError, ShapeError
 
 __all__ = ["TrainConfig"]
+
+DecoderNorm = Literal["unit", "free"]
+FirstBias = Literal["geometric_median", "zeros"]
+
+_WORDS = {"activation": Activation, "decoder_norm": DecoderNorm, "b_dec_init": FirstBias}
+_WHOLE = (
+    *("d_sae", "expansion", "k", "k_start", "auxk_k", "dead_after_tokens"),
+    *("steps", "tokens", "batch_size", "eval_every", "eval_rows", "checkpoint_every"),
+    *("shuffle_block_rows", "shuffle_pool_rows"),
+)
+_SHARE, _POSITIVE, _WEIGHT = Bounds(0, 1, with_low=True), Bounds(0), Bounds(0, with_low=True)
+_NUMBERS = {
+    **dict.fromkeys(("warmup", "decay", "k_annealing", "eval_fraction", "threshold_beta"), _SHARE),
+    **dict.fromkeys(("lr", "bandwidth", "max_norm_multiple"), _POSITIVE),
+    **dict.fromkeys(("auxk_alpha", "sparsity"), _WEIGHT),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +77,10 @@ class TrainConfig:
     """Dead features used per row; ``d_in / 2`` when left out."""
     dead_after_tokens: int | None = None
     """Rows without firing after which a feature is dead; 10 million or a tenth of the run, what is less."""
-    decoder_norm: Literal["unit", "free"] = "unit"
+    decoder_norm: DecoderNorm = "unit"
     """``unit``: decoder rows have norm 1 after every step, and their gradient no part along them."""
     sparsity: float | None = None
-    """Weight of the sparsity loss; 5 for ``relu`` and ``gated`` (L1 times norm), 1 for ``jumprelu`` (L0 "
+    """Weight of the sparsity loss, 0 for none; 5 for ``relu`` and ``gated`` (L1 times norm), 1 for ``jumprelu`` (L0 "
     "to k)."""
     bandwidth: float = 0.05
     """Width of the straight-through window of a JumpReLU threshold."""
@@ -72,7 +89,7 @@ class TrainConfig:
 
     normalize: bool = True
     """Scale rows to a mean norm of √d_in, as the recipe of the dictionary then says."""
-    b_dec_init: Literal["geometric_median", "zeros"] = "geometric_median"
+    b_dec_init: FirstBias = "geometric_median"
     """Where ``b_dec`` starts, from up to 32,768 rows."""
     max_norm_multiple: float | None = None
     """Leave rows out of the loss whose norm exceeds this multiple of the median (attention sinks)."""
@@ -97,31 +114,17 @@ class TrainConfig:
     """Decides the first weights, the split and the order of rows."""
 
     def __post_init__(self) -> None:
-        if self.activation not in get_args(Activation):
-            raise ShapeError(f"activation: expected one of {get_args(Activation)}, found {self.activation!r}")
-        for name in (
-            "d_sae",
-            "expansion",
-            "k",
-            "steps",
-            "tokens",
-            "batch_size",
-            "k_start",
-            "auxk_k",
-            "eval_rows",
-        ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ShapeError(f"{name}: expected a whole number of at least 1, found {value!r}")
-        for name in ("warmup", "decay", "k_annealing", "eval_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ShapeError(
-                    f"{name}: expected a fraction from 0 to below 1, found {getattr(self, name)}"
-                )
+        check_words(self, _WORDS)
+        if self.autocast not in (None, "bfloat16"):
+            raise ShapeError(f"autocast: expected None or 'bfloat16', found {self.autocast!r}")
+        check_whole(self, _WHOLE)
+        check_whole(self, ["seed"], least=0)
+        check_numbers(self, _NUMBERS)
+        check_flags(self, ["normalize"])
         if self.steps is not None and self.tokens is not None:
             raise ShapeError(f"steps: expected steps or tokens, found both ({self.steps} and {self.tokens})")
-        if self.lr is not None and not self.lr > 0:
-            raise ShapeError(f"lr: expected above 0, found {self.lr}")
+        if self.d_sae is not None and self.activation in ("topk", "batch_topk") and self.k > self.d_sae:
+            raise ShapeError(f"k: expected at most d_sae = {self.d_sae}, found {self.k}")
         if self.loss_where is not None and not isinstance(self.loss_where, pl.Expr):
             raise DtypeError(
                 f"loss_where: expected a polars expression, found {type(self.loss_where).__name__}"

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from microtome.errors import NonFiniteError, ShapeError
+from microtome.errors import DtypeError, NonFiniteError, ShapeError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -35,10 +35,15 @@ class RowSource:
         where: rows to keep, a polars expression; needs the tables of a store.
 
     Raises:
+        DtypeError: neither of these.
         ShapeError: not a matrix, no rows left, or an expression over an array.
     """
 
     def __init__(self, acts: Any, where: pl.Expr | None = None) -> None:
+        if not hasattr(acts, "shape"):
+            raise DtypeError(
+                f"acts: expected activations of a store, a tensor or an array, found {type(acts).__name__}"
+            )
         stored = hasattr(acts, "blocks")
         if where is not None:
             if not stored:

@@ -57,6 +57,10 @@ def start(
     norms = sample.double().norm(dim=1)
     limit = float(norms.median()) * config.max_norm_multiple if config.max_norm_multiple else math.inf
     sample, norms = sample[norms <= limit], norms[norms <= limit]
+    if not len(norms):
+        raise ShapeError(
+            f"max_norm_multiple: expected rows within it, found none of norm {config.max_norm_multiple} medians or less"
+        )
     if float(norms.max()) == 0:
         raise ShapeError("acts: expected rows that differ from zero, found zeros alone")
     weights, recipe = (
