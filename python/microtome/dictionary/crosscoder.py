@@ -190,8 +190,9 @@ class Crosscoder:
         Returns:
             ``feature``; ``relative_norm`` ``‖d^b‖ / (‖d^a‖ + ‖d^b‖)`` (0: only in a, 1: only in b; Kissane et
             al. call 0.3 to 0.7 shared); ``log_norm_ratio`` ``ln ‖d^b‖/‖d^a‖``; ``raw_log_norm_ratio`` the
-            same on the models' own scales; ``cosine`` of the two decoder rows. Where one of the rows is zero, the norm is 0 or 1, the
-            ratios are infinite and the cosine is NaN; where both are, all are NaN.
+            same on the models' own scales; ``cosine`` of the two decoder rows. Where one of the rows is zero,
+            the relative norm is 0 or 1, the ratios are infinite and the cosine is NaN; where both are, all are
+            NaN.
 
         Raises:
             ShapeError: a name that is none of the models.

@@ -23,11 +23,17 @@ _KEPT = 2
 _FORMAT = "microtome.training.1"
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
-    """Write the state after ``step`` steps, and drop all but the last two."""
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], anew: bool
+) -> Path:
+    """Write the state after ``step`` steps, and drop all but the last two; with ``anew`` all others.
+
+    Checkpoints of an earlier run in the folder may be of later steps.
+    """
     meta = {"format": _FORMAT, "record": json.dumps({**record, "step": step})}
     file = write_safetensors(folder / f"step-{step:09d}.safetensors", dict(tensors), meta)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-_KEPT]:
+    held = sorted(folder.glob("step-*.safetensors"))
+    for old in [path for path in held if path != file] if anew else held[:-_KEPT]:
         old.unlink()
     return file
 

@@ -80,8 +80,7 @@ class TrainConfig:
     decoder_norm: DecoderNorm = "unit"
     """``unit``: decoder rows have norm 1 after every step, and their gradient no part along them."""
     sparsity: float | None = None
-    """Weight of the sparsity loss, 0 for none; 5 for ``relu`` and ``gated`` (L1 times norm), 1 for ``jumprelu`` (L0 "
-    "to k)."""
+    """Weight of the sparsity loss, 0 for none. None: 5 for ``relu``, ``gated`` (L1 times norm), 1 for ``jumprelu`` (L0)."""
     bandwidth: float = 0.05
     """Width of the straight-through window of a JumpReLU threshold."""
     threshold_beta: float = 0.999

@@ -82,7 +82,8 @@ def train_sae(
             and ``k``.
         checkpoint_dir: folder for checkpoints. A run that finds one there continues it, and ends with the
             same weights, bit for bit on one CPU and number of threads, as a run that never stopped.
-        resume: whether to continue from ``checkpoint_dir``; with False the run starts anew there.
+        resume: whether to continue from ``checkpoint_dir``; with False the run starts anew there, and its first
+            checkpoint replaces those that it finds.
         on_step: called with step and loss after every step.
         progress: draw a bar on a terminal.
 
@@ -149,6 +150,7 @@ def _loop(
     config, total = run.config, run.total
     eval_every = config.eval_every or max(1, total // 20)
     save_every = config.checkpoint_every or max(1, total // 10)
+    anew = run.step == 0
     began, label = time.perf_counter(), f"train {run.hook or 'SAE'}"
     with (
         BatchReader(source, order, config.batch_size, run.step, total, config.device) as batches,
@@ -160,7 +162,8 @@ def _loop(
             if (step + 1) % eval_every == 0 or last:
                 run.measure(time.perf_counter() - began)
             if folder is not None and ((step + 1) % save_every == 0 or last):
-                checkpoint.save(folder, step + 1, run.tensors(), {**facts, **run.record()})
+                checkpoint.save(folder, step + 1, run.tensors(), {**facts, **run.record()}, anew)
+                anew = False
             if on_step is not None:
                 on_step(step, float(loss))
             done(step + 1)
