@@ -233,6 +233,22 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     ]
 
 
+def test_run_that_starts_anew_keeps_its_own_checkpoints(tmp_path):
+    x, told = planted(2000)[0], config(steps=20, checkpoint_every=4)
+    train_sae(x, told, checkpoint_dir=tmp_path)
+    anew = told.replace(lr=1e-3)
+
+    def interrupt(step: int, _: float) -> None:
+        if step == 9:
+            raise _InterruptionError
+
+    with pytest.raises(_InterruptionError):
+        train_sae(x, anew, checkpoint_dir=tmp_path, resume=False, on_step=interrupt)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{n:09d}.safetensors" for n in (4, 8)]
+    again = train_sae(x, anew, checkpoint_dir=tmp_path)
+    assert again.sae.fingerprint() == train_sae(x, anew).sae.fingerprint()
+
+
 def test_same_seed_same_weights_another_seed_others():
     x, _ = planted(2000)
     first, second, other = (train_sae(x, config(steps=10, seed=seed)).sae.fingerprint() for seed in (0, 0, 1))
@@ -347,6 +363,36 @@ def test_base_that_does_not_fit_is_refused(change, error, message):
     base = train_sae(x, config(steps=2)).sae
     with pytest.raises(error, match=message):
         train_sae(x, config(steps=2, **change), base=base)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "recipe", "found"),
+    [
+        ({"W_skip": torch.eye(D)}, {}, "found a transcoder to its rows with W_skip"),
+        ({}, {"hook_name_out": "blocks.1.hook_mlp_out"}, r"found a transcoder to blocks\.1\.hook_mlp_out"),
+    ],
+)
+def test_transcoder_is_no_base(tensors, recipe, found):
+    x, _ = planted(2000)
+    base = train_sae(x, config(steps=2)).sae
+    base = base.with_tensors({**base.tensors, **tensors}, base.recipe.replace(**recipe))
+    with pytest.raises(CheckpointError, match=f"base: expected an autoencoder, {found}"):
+        train_sae(x, config(steps=2), base=base)
+
+
+def test_jumprelu_from_a_norm_aware_topk_is_the_dictionary_that_was_trained():
+    x, _ = planted(4000)
+    base = train_sae(x, config(steps=50)).sae
+    norms = torch.linspace(0.2, 5, 32)[:, None]
+    stretched = {**base.tensors, "W_dec": base.W_dec * norms, "W_enc": base.W_enc / norms.T}
+    base = base.with_tensors(stretched, base.recipe.replace(norm_aware=True))
+    told = config(
+        activation="jumprelu", decoder_norm="free", steps=1, lr=1e-12, eval_fraction=0.0, eval_rows=4000
+    )
+    sae = train_sae(x, told, base=base).sae
+    pre = x * sae.recipe.input_scale - sae.b_dec
+    pre = pre @ sae.W_enc + sae.b_enc
+    assert torch.equal(sae.encode_torch(x) > 0, (pre > sae.threshold) & (pre > 0))
 
 
 def test_base_of_another_width_is_refused_with_both_sides():

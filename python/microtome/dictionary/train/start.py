@@ -107,6 +107,11 @@ def _warm(base: SAE, d: int, config: TrainConfig, origin: dict[str, Any]) -> tup
         )
     if config.d_sae not in (None, base.d_sae):
         raise ShapeError(f"d_sae: expected {base.d_sae} as in the base dictionary, found {config.d_sae}")
+    if "W_skip" in base.tensors or base.recipe.hook_name_out not in (None, base.recipe.hook_name):
+        raise CheckpointError(
+            f"base: expected an autoencoder, found a transcoder to {base.recipe.hook_name_out or 'its rows'}"
+            f"{' with W_skip' if 'W_skip' in base.tensors else ''}"
+        )
     if base.recipe.normalize != "none" or (config.activation == "gated") != (
         base.recipe.activation == "gated"
     ):
@@ -142,6 +147,8 @@ def _trainable(base: SAE, config: TrainConfig) -> tuple[dict[str, Tensor], Recip
                 'Train with decoder_norm="free"'
             )
         tensors, recipe = folds.fold_W_dec_norm(tensors, recipe)
+    if config.activation == "jumprelu" and "threshold" not in tensors:
+        recipe = recipe.replace(norm_aware=False)  # the threshold that is learnt is one on pre-activations
     return tensors, recipe
 
 
