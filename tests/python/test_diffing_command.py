@@ -105,9 +105,9 @@ BAD = {
     ),
     "other data": (["base", "vlm", "--data", "others.jsonl"], "data: expected samples of"),
     "no data": (["base", "vlm", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    "share": (["base", "vlm", "--p-gap", "2"], "p_gap: expected a share in (0, 1], found 2.0"),
-    "holdout": (["base", "vlm", "--holdout", "1"], "holdout: expected a number between 0 and 1"),
-    "unit": (["base", "vlm", "--unit", "image"], "unit: expected token or sample, found 'image'"),
+    "share": (["base", "vlm", "--p-gap", "2"], "p_gap: expected a number in (0, 1], found 2.0"),
+    "holdout": (["base", "vlm", "--holdout", "1"], "holdout: expected a number in (0, 1), found 1"),
+    "unit": (["base", "vlm", "--unit", "image"], "unit: expected one of token, sample, found 'image'"),
     "tokens": (["base", "vlm", "--gap-tokens", "video"], "gap_tokens: expected all or text or image"),
     "k": (["base", "vlm", "--k", "0"], "k: expected a whole number"),
     "k above d_sae": (

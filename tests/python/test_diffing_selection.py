@@ -157,6 +157,7 @@ def test_missing_columns_are_named():
         ({"max_q": -1.0}, r"max_q: expected a number in \[0, 1\], found -1.0"),
         ({"min_gap": math.nan}, r"min_gap: expected a number in \[-1, 1\], found nan"),
         ({"level": 1.0}, r"level: expected a number in \(0, 1\), found 1.0"),
+        ({"match": "nope"}, "match: expected one of frequency_vision, frequency_text, .* found 'nope'"),
         ({"unit": "row"}, "unit: expected one of token, sample, found 'row'"),
     ],
 )

@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 
 import microtome as mt
+from diffing_cases import write_store
 from microtome import organism
 from microtome.dictionary import TrainConfig
 from microtome.diffing import (
@@ -14,7 +15,7 @@ from microtome.diffing import (
     signals,
     study,
 )
-from microtome.errors import ShapeError
+from microtome.errors import ShapeError, UndefinedWarning
 from microtome.evaluation import score
 from microtome.metrics import SparseCodes
 from microtome.record import read_record
@@ -169,6 +170,48 @@ def test_regimes_of_the_trained_pair_start_in_the_order_text_full_image(tmp_path
     assert first["text"] < first["full"] < first["image"], "text-only starts lowest"
     random = result.cosines.filter(pl.col("regime") == "random")["cosine"].abs().max()
     assert random < 0.05
+
+
+def small_pair(folder):
+    """Random rows at one hook: the base's text, the VLM's images and text; every third question is spatial."""
+    hook, columns = "blocks.0.hook_resid_post", {"task": ["spatial", "other", "other"] * 20}
+    draw = np.random.default_rng(0).normal
+    base = write_store(folder / "base", {hook: draw(size=(240, 16))}, 4, columns)
+    vlm = write_store(
+        folder / "vlm", {hook: draw(size=(420, 16))}, 7, columns, kinds=["image"] * 3 + ["text"] * 4
+    )
+    return base, vlm
+
+
+SMALL = {"train": TrainConfig(d_sae=64, k=6, steps=12, batch_size=64), "regimes": ("text",), "draws": 20}
+ASKED = pl.col("task") == "spatial"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision": pl.col("position") > 99}, "vision: expected rows of the VLM, found none by"),
+        (
+            {"vision": pl.col("kind") == "text", "gap_tokens": "image"},
+            "gap_tokens: expected a kind among text",
+        ),
+        ({"spatial": pl.col("id") == "s0"}, "spatial: .* found no spatial ones (to choose by|held out) by"),
+        ({"spatial": ASKED, "vision": ASKED}, "spatial: .* found no other ones by"),
+    ],
+)
+def test_rows_that_leave_a_part_without_any_are_refused_before_any_work(change, message, tmp_path):
+    base, vlm = small_pair(tmp_path)
+    with pytest.raises(ShapeError, match=message):
+        study.run(base, vlm, tmp_path / "out", study.DiffConfig(**SMALL, **change), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_kind_of_token_without_both_questions_is_left_out_of_the_comparison(tmp_path):
+    base, vlm = small_pair(tmp_path)
+    config = study.DiffConfig(**SMALL, p_gap=1.0, p_cos=1.0, spatial=ASKED, vision=pl.col("kind") == "text")
+    with pytest.warns(UndefinedWarning, match="comparison with random features is undefined .* for image"):
+        result = study.run(base, vlm, tmp_path / "out", config, progress=False)
+    assert result.controls["tokens"].unique().sort().to_list() == ["all", "text"]
 
 
 def test_stores_without_a_common_hook_are_refused_with_both_sides(stores, tmp_path):

@@ -25,8 +25,15 @@ REGIMES: dict[str, pl.Expr | None] = {
 TextDictionary = Literal["adapted", "base"]
 Tokens = Literal["all", "text", "image"]
 Unit = Literal["token", "sample"]
+Frequency = Literal["frequency_vision", "frequency_text", "frequency_spatial", "frequency_base"]
 
-_WORDS = {"text_dictionary": TextDictionary, "gap_tokens": Tokens, "gap_average": Unit, "unit": Unit}
+_WORDS = {
+    "text_dictionary": TextDictionary,
+    "gap_tokens": Tokens,
+    "gap_average": Unit,
+    "unit": Unit,
+    "match": Frequency,
+}
 _NUMBERS = {
     **dict.fromkeys(("p_gap", "p_cos", "spatial_top"), Bounds(0, 1, with_high=True)),
     **dict.fromkeys(("holdout", "level"), Bounds(0, 1)),
@@ -90,7 +97,7 @@ class DiffConfig:
     """Sample column that names the image: images are held out, and drawn in the bootstrap, as wholes."""
     holdout: float = 0.5
     """Share of images that spatial features are not chosen by, but compared with random features on."""
-    match: str = "frequency_vision"
+    match: Frequency = "frequency_vision"
     """Column of the frequency that random features are matched by."""
     neighbours: int = 20
     """Nearest features that a control is drawn from."""

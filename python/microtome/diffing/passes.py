@@ -16,7 +16,7 @@ from microtome.errors import ShapeError
 from microtome.metrics import Analysis, FeatureStats, analyse
 from microtome.store import Activations, ActivationStore
 
-__all__ = ["check_questions", "held_out", "layer_signals", "neutral_activity", "seen_rows"]
+__all__ = ["check_seen", "compared_kinds", "held_out", "layer_signals", "neutral_activity", "seen_rows"]
 
 _KEY = ["layer", "feature"]
 _SETS = ("other", "spatial")
@@ -28,21 +28,55 @@ def seen_rows(vlm: ActivationStore, hook: str, config: DiffConfig) -> Activation
     return vlm[hook] if config.vision is None else vlm[hook].where(config.vision)
 
 
-def check_questions(seen: Activations, config: DiffConfig) -> None:
-    """Refuse rows of spatial questions alone, or of others alone.
+def check_seen(seen: Activations, config: DiffConfig, held: pl.Expr | None) -> None:
+    """Refuse rows that leave a part of the study without any.
 
     Raises:
-        ShapeError: says which kind is missing.
+        ShapeError: no rows for vision or for the variance gap; spatial questions alone, or others alone, among those that
+            features are chosen by or among those held out.
     """
-    assert config.spatial is not None  # noqa: S101 - told by the caller
-    found = (
-        labels_of(seen, config.spatial.fill_null(value=False).alias("spatial"))["spatial"].unique().to_list()
+    rows = _sides(seen, config, held)
+    if not rows.height:
+        raise ShapeError(f"vision: expected rows of the VLM, found none by {config.vision}")
+    if config.gap_tokens not in ("all", *rows["kind"]):
+        kinds = ", ".join(rows["kind"].drop_nulls().unique().sort())
+        raise ShapeError(
+            f"gap_tokens: expected a kind among {kinds} of the rows for vision, found {config.gap_tokens}"
+        )
+    if held is None:
+        return
+    for part, where in (
+        ("", pl.lit(value=True)),
+        (" to choose by", ~pl.col("held")),
+        (" held out", pl.col("held")),
+    ):
+        found = rows.filter(where)["spatial"].to_list()
+        for name, value in (("spatial", True), ("other", False)):
+            if value not in found:
+                raise ShapeError(
+                    f"spatial: expected questions of both kinds, found no {name} ones{part} by {config.spatial}"
+                )
+
+
+def compared_kinds(seen: Activations, config: DiffConfig, held: pl.Expr) -> list[str]:
+    """Kinds of token that held-out spatial and other questions both have, ``all`` first."""
+    rows = _sides(seen, config, held).filter("held")
+    return ["all", *(k for k in ("text", "image") if rows.filter(kind=k)["spatial"].n_unique() == 2)]
+
+
+def _sides(seen: Activations, config: DiffConfig, held: pl.Expr | None) -> pl.DataFrame:
+    """Which combinations of question, side of the holdout and kind of token there are."""
+    spatial = (
+        pl.lit(value=None, dtype=pl.Boolean)
+        if config.spatial is None
+        else config.spatial.fill_null(value=False)
     )
-    for name, value in (("spatial", True), ("other", False)):
-        if value not in found:
-            raise ShapeError(
-                f"spatial: expected questions of both kinds, found no {name} ones by {config.spatial}"
-            )
+    return labels_of(
+        seen,
+        spatial.alias("spatial"),
+        (pl.lit(value=False) if held is None else held).alias("held"),
+        pl.col("kind").cast(pl.String),
+    ).unique()
 
 
 def held_out(vlm: ActivationStore, config: DiffConfig) -> pl.Expr:

@@ -27,7 +27,8 @@ from microtome.diffing.config import REGIMES, DiffConfig
 from microtome.diffing.controls import against_controls
 from microtome.diffing.counting import check_expression
 from microtome.diffing.passes import (
-    check_questions,
+    check_seen,
+    compared_kinds,
     held_out,
     layer_signals,
     neutral_activity,
@@ -49,6 +50,7 @@ from microtome.diffing.stages import (
 )
 from microtome.errors import ShapeError
 from microtome.metrics import OddsRatio
+from microtome.metrics.undefined import warn_undefined
 from microtome.record import Record, write_table
 from microtome.store import ActivationStore
 
@@ -74,7 +76,8 @@ class DiffResult:
     sensitivity: pl.DataFrame
     """The adapted (and spatial) set under other thresholds."""
     controls: pl.DataFrame
-    """Spatial features and survivors against matched random features; empty without spatial questions."""
+    """Spatial features and survivors against matched random features, over all tokens and each kind that questions of
+    both sorts have; empty without spatial questions."""
     top_samples: pl.DataFrame
     """Top samples of the adapted features by data set."""
     saes: Mapping[str, SAE]
@@ -110,13 +113,13 @@ def run(
 
     Raises:
         ShapeError: stores of other models, hooks or widths, dictionaries of other widths, expressions over columns that
-            are not there, questions of one kind alone; before any work, with both sides named.
+            are not there, no rows for vision or the variance gap, questions of one kind alone to choose by or held out;
+            before any work, with both sides named.
     """
     config = config or DiffConfig()
     hooks = common_hooks(base, vlm)
-    _check(base, vlm, hooks, config, dictionaries, neutral)
+    held = _check(base, vlm, hooks, config, dictionaries, neutral)
     folder = Path(out)
-    held = held_out(vlm, config) if config.spatial is not None else None
     stages, curves = train_stages(base, vlm, hooks, folder / "dictionaries", config, dictionaries, progress)
     saes = stages[config.regimes[0]]
     features = _features(base, vlm, hooks, stages, folder, config, held, progress)
@@ -154,8 +157,8 @@ def _check(
     config: DiffConfig,
     dictionaries: Mapping[str, SAE] | None,
     neutral: ActivationStore | None,
-) -> None:
-    """Everything that can be refused before any work."""
+) -> pl.Expr | None:
+    """Refuse whatever can be refused before any work; which rows are held out, where spatial questions are asked for."""
     fitting_stores(base, vlm)
     if dictionaries is not None:
         check_dictionaries(dictionaries, vlm, hooks)
@@ -169,8 +172,9 @@ def _check(
     widest = max(config.train.features(vlm[hook].width) for hook in hooks)
     if dictionaries is None and config.train.k > widest:
         raise ShapeError(f"k: expected at most d_sae = {widest}, found {config.train.k}")
-    if config.spatial is not None:
-        check_questions(seen_rows(vlm, hooks[0], config), config)
+    held = held_out(vlm, config) if config.spatial is not None else None
+    check_seen(seen_rows(vlm, hooks[0], config), config, held)
+    return held
 
 
 def _features(
@@ -223,10 +227,14 @@ def _controls(
     tables, each = [], None
     if held is None or config.spatial is None:
         return features, pl.DataFrame()
+    kinds = compared_kinds(seen_rows(vlm, hooks[0], config), config, held)
+    if absent := [kind for kind in ("text", "image") if kind not in kinds]:
+        reason = "held-out questions with and without a relation do not both have such tokens"
+        warn_undefined("the comparison with random features", reason, absent, stacklevel=4)
     for chosen in (name for name in ("spatial", "survivor") if name in features.columns):
         if not features.filter(chosen & (pl.col(config.match) > 0)).height:
             continue
-        for kind in ("all", "text", "image"):
+        for kind in kinds:
             where = held if kind == "all" else held & (pl.col("kind") == kind)
             table, gaps = against_controls(
                 features,
