@@ -108,7 +108,7 @@ BAD = {
     "share": (["base", "vlm", "--p-gap", "2"], "p_gap: expected a number in (0, 1], found 2.0"),
     "holdout": (["base", "vlm", "--holdout", "1"], "holdout: expected a number in (0, 1), found 1"),
     "unit": (["base", "vlm", "--unit", "image"], "unit: expected one of token, sample, found 'image'"),
-    "tokens": (["base", "vlm", "--gap-tokens", "video"], "gap_tokens: expected all or text or image"),
+    "tokens": (["base", "vlm", "--gap-tokens", "video"], "gap_tokens: expected one of all, text, image"),
     "k": (["base", "vlm", "--k", "0"], "k: expected a whole number"),
     "k above d_sae": (
         ["base", "vlm", "--k", "40", "--d-sae", "32"],
