@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from microtome import _core
-from microtome.budget import whole
+from microtome.arguments import whole
 
 __all__ = ["set_num_threads"]
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "microtome"
 
 FLOORS = [
-    {"errors", "_core", "tensors", "progress", "record", "budget", "threads", "whole"},
+    {"errors", "_core", "tensors", "progress", "record", "arguments", "threads", "whole"},
     {"store", "metrics"},
     {"capture", "dictionary", "evaluation"},
     {"diffing", "interpret", "circuits", "compression", "cluster"},

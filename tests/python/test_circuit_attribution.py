@@ -450,7 +450,7 @@ def test_plan_of_a_28_layer_model_at_a_thousand_image_tokens_keeps_within_the_bu
     """Sizes of Qwen2-VL-7B in bfloat16; the plan covers every layer and position exactly once."""
     from types import SimpleNamespace
 
-    from microtome.budget import parse_bytes
+    from microtome.arguments import parse_bytes
     from microtome.circuits.attribution.plan import plan_run
     from microtome.circuits.attribution.settings import Settings
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import microtome as mt
-from microtome.budget import flag, parse_bytes, whole
+from microtome.arguments import flag, parse_bytes, whole
 from microtome.errors import DtypeError, ShapeError
 from microtome.metrics import (
     Bitset,

@@ -11,7 +11,7 @@ import numpy as np
 
 from microtome import _core, tensors
 from microtome import progress as progress_bar
-from microtome.budget import whole
+from microtome.arguments import whole
 from microtome.errors import DtypeError, ShapeError
 from microtome.metrics.features import Codes, FeatureStats, core_codes, counted_from, firing_stats, part
 from microtome.metrics.reconstruction import Decoder, finished_fvu

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from microtome import _core, tensors
-from microtome.budget import whole
+from microtome.arguments import whole
 from microtome.errors import DtypeError, ShapeError
 
 __all__ = ["Bitset", "IouChance", "expected_iou", "inclusion_rate", "iou_chance", "normalised_iou", "top_n"]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from microtome import _core, tensors
-from microtome.budget import flag, required_bytes
+from microtome.arguments import flag, required_bytes
 from microtome.errors import ShapeError
 from microtome.metrics.undefined import warn_undefined
 from microtome.progress import bar

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from microtome import _core, tensors
-from microtome.budget import LARGEST_SEED, MOST_RESAMPLES, flag, required_bytes, whole
+from microtome.arguments import LARGEST_SEED, MOST_RESAMPLES, flag, required_bytes, whole
 from microtome.errors import ShapeError
 from microtome.metrics.cka import MEMORY_BUDGET, Float64, named, rows_of
 from microtome.metrics.rowtable import column, label_groups

@@ -11,7 +11,7 @@ import polars as pl
 
 from microtome import _core
 from microtome import progress as progress_bar
-from microtome.budget import LARGEST_SEED, MOST_RESAMPLES, flag, whole
+from microtome.arguments import LARGEST_SEED, MOST_RESAMPLES, flag, whole
 from microtome.errors import DtypeError, ShapeError
 from microtome.metrics.codes import row_pointers, runs
 from microtome.metrics.features import Codes, CoreCodes, code_blocks, core_codes, feature_stats, n_rows

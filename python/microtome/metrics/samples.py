@@ -12,7 +12,7 @@ import polars as pl
 
 from microtome import _core
 from microtome import progress as progress_bar
-from microtome.budget import flag, whole
+from microtome.arguments import flag, whole
 from microtome.errors import ShapeError
 from microtome.metrics.codes import runs
 from microtome.metrics.features import (

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from microtome.budget import parse_bytes
+from microtome.arguments import parse_bytes
 from microtome.circuits.attribution.exact import exact_scores
 from microtome.circuits.attribution.passes import Accumulator, add_batch
 from microtome.circuits.attribution.plan import Plan, plan_run

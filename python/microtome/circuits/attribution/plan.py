@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from microtome.budget import parse_bytes
+from microtome.arguments import parse_bytes
 from microtome.circuits.attribution.settings import Settings
 from microtome.circuits.forward.decoder import model_logits
 from microtome.circuits.forward.restore import left_as_found

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from microtome.budget import parse_bytes
+from microtome.arguments import parse_bytes
 from microtome.capture.data import load_model
 from microtome.circuits.attribution.settings import Settings
 from microtome.circuits.pairs.pair_set import Align, PairSet

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import polars as pl
 
-from microtome.budget import parse_bytes
+from microtome.arguments import parse_bytes
 from microtome.dictionary.train.config import TrainConfig
 from microtome.dictionary.train.run import TrainResult, train_sae
 from microtome.errors import ShapeError

@@ -1,4 +1,4 @@
-"""Memory budgets, whole numbers and flags as a person writes them."""
+"""Arguments as a person writes them: memory budgets, whole numbers, flags."""
 
 from __future__ import annotations
 
