@@ -47,6 +47,7 @@ def ablate_features(
         NonFiniteError: a direction with NaN or infinity.
 
     Example:
+        >>> import numpy as np
         >>> from microtome import organism
         >>> model = organism.load_model("base_lm")
         >>> with ablate_features(model, {2: np.ones(model.config.hidden_size, np.float32)}):
