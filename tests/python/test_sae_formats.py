@@ -98,6 +98,42 @@ def test_writing_keeps_the_function_or_is_refused(form, recipe, tmp_path):
     torch.testing.assert_close(again.reconstruct(x), sae.reconstruct(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "hook", [None, "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out", "blocks.3.hook_mlp_in"]
+)
+@pytest.mark.parametrize("form", PEERS)
+def test_no_format_reads_back_another_hook(form, hook, tmp_path):
+    written = 0
+    for number, recipe in enumerate(RECIPES.values()):
+        folder = tmp_path / str(number) / "L0_5"
+        try:
+            dictionary(**recipe, hook_name=hook).save_to_disk(folder, form)
+        except CheckpointError:
+            continue
+        assert mt.SAE.load_from_disk(folder).recipe.hook_name in (hook, None)
+        written += 1
+    assert written or hook is not None
+
+
+@pytest.mark.parametrize(
+    ("place", "hook"),
+    [("resid_post_layer_8", "blocks.8.hook_resid_post"), ("attn_out_layer_8", None), (None, None)],
+)
+def test_dictionary_learning_names_the_residual_stream_alone(place, hook, tmp_path):
+    dictionary(**RECIPES["topk"]).save_to_disk(tmp_path, "dictionary_learning")
+    trainer = json.loads((tmp_path / "config.json").read_text())["trainer"]
+    edit(tmp_path, "config.json", trainer={**trainer, "layer": 8, "submodule_name": place})
+    assert mt.SAE.load_from_disk(tmp_path).recipe.hook_name == hook
+
+
+def test_qwen_scope_k_is_that_of_the_innermost_folder(tmp_path):
+    sae, folder = dictionary(**RECIPES["topk"]), tmp_path / "sweep_L0_20" / "SAE-L0_5"
+    sae.save_to_disk(folder, "qwen_scope")
+    assert mt.SAE.load_from_disk(folder).k == 5
+    with pytest.raises(CheckpointError, match="expected the innermost L0_… of the path to be L0_5"):
+        sae.save_to_disk(tmp_path / "L0_5" / "SAE-L0_20", "qwen_scope")
+
+
 def test_every_activation_can_be_written_for_somebody(tmp_path):
     for name, recipe in RECIPES.items():
         written = 0

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from microtome.dictionary.formats.files import Checkpoint, write_safetensors
-from microtome.dictionary.formats.plain import layer_of, plain
+from microtome.dictionary.formats.plain import file_of_layer, plain
 from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError
@@ -59,7 +59,8 @@ def write(sae: Parameters, path: Path) -> Path:
     made = plain(sae, NAME, ("relu", "jumprelu", "batch_topk"), apply_b_dec_to_input=False)
     if made.recipe.activation == "batch_topk" and made.threshold is None:
         raise CheckpointError("save_to_disk: circuit_tracer holds thresholds, found batch_topk without one")
+    file = path / file_of_layer(made, NAME, "hook_mlp_in", "layer_{}.safetensors")
     names = {"threshold": _THRESHOLD}
     tensors = {names.get(name, name): tensor for name, tensor in made.tensors.items()}
     tensors["W_enc"] = made.W_enc.T
-    return write_safetensors(path / f"layer_{layer_of(made)}.safetensors", tensors)
+    return write_safetensors(file, tensors)

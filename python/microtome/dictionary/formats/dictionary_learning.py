@@ -102,8 +102,10 @@ class _State:
 def _hook(trainer: dict[str, Any]) -> str | None:
     if trainer.get("hook_name"):
         return str(trainer["hook_name"])
-    layer = trainer.get("layer")
-    return None if layer is None else f"blocks.{layer}.hook_resid_post"
+    layer, place = trainer.get("layer"), str(trainer.get("submodule_name"))
+    if layer is None or not place.startswith("resid_post"):
+        return None  # a layer has other places, whose names are the trainer's own
+    return f"blocks.{layer}.hook_resid_post"
 
 
 def write(sae: Parameters, path: Path) -> Path:
@@ -117,7 +119,7 @@ def write(sae: Parameters, path: Path) -> Path:
         "activation_dim": made.d_in,
         "dict_size": made.d_sae,
         "k": made.k,
-        "layer": layer_of(made),
+        "layer": layer_of(made) if made.recipe.hook_name else None,
         "lm_name": made.recipe.model_name,
         "submodule_name": made.recipe.metadata.get("submodule_name"),
         "hook_name": made.recipe.hook_name,

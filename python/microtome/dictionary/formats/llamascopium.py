@@ -23,6 +23,7 @@ from microtome.errors import CheckpointError
 NAME = "llamascopium"
 
 _AVERAGE = "dataset_average_activation_norm."
+_UNNAMED = "unnamed"  # the average norms need the name of a hook
 _LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 _ACTIVATION: dict[str, Activation] = {
     "relu": "relu",
@@ -66,7 +67,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
             input_scale=scales[0],
             output_scale=scales[1],
             normalize="constant_norm_rescale" if cfg.get("norm_activation") == "token-wise" else "none",
-            hook_name=cfg.get("hook_point_in"),
+            hook_name=None if cfg.get("hook_point_in") == _UNNAMED else cfg.get("hook_point_in"),
             hook_name_out=None
             if cfg.get("hook_point_out") == cfg.get("hook_point_in")
             else cfg.get("hook_point_out"),
@@ -107,7 +108,7 @@ def write(sae: Parameters, path: Path) -> Path:
         sae = sae.fold_scale()  # one hook has one average norm
     sae = sae.with_tensors(*folds.move_b_dec(sae.tensors, sae.recipe, False))
     recipe = sae.recipe
-    hook = recipe.hook_name or "blocks.0.hook_resid_post"
+    hook = recipe.hook_name or _UNNAMED
     names = {ours: theirs for theirs, ours in _ACTIVATION.items()}
     cfg = {
         "sae_type": "sae",

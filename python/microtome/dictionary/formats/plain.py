@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from microtome.dictionary import folds
 from microtome.dictionary.parameters import Parameters
 from microtome.errors import CheckpointError
 
-__all__ = ["layer_of", "plain", "refuse_transcoder"]
+__all__ = ["file_of_layer", "layer_of", "plain", "refuse_transcoder"]
 
 
 def plain(
@@ -52,6 +53,21 @@ def refuse_transcoder(sae: Parameters, form: str, skip: bool = False) -> None:
         )
     if "W_skip" in sae.tensors and not skip:
         raise CheckpointError(f"save_to_disk: {form} has no place for W_skip")
+
+
+def file_of_layer(sae: Parameters, form: str, place: str, name: str) -> str:
+    """``name`` with the layer of ``blocks.{i}.{place}`` in its braces; without a layer where no hook is known.
+
+    Raises:
+        CheckpointError: another hook, which the file could not say.
+    """
+    hook = sae.recipe.hook_name
+    if hook is not None and re.fullmatch(rf"blocks\.\d+\.{place}", hook) is None:
+        raise CheckpointError(
+            f"save_to_disk: {form} holds dictionaries of blocks.{{i}}.{place}, found {hook}. Another format keeps the "
+            "hook; or leave it out: sae.with_tensors(sae.tensors, sae.recipe.replace(hook_name=None))"
+        )
+    return name.format("" if hook is None else layer_of(sae))
 
 
 def layer_of(sae: Parameters) -> int:

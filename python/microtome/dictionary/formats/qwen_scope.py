@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from microtome.dictionary.formats.files import Checkpoint, write_pickle
-from microtome.dictionary.formats.plain import layer_of, plain, refuse_transcoder
+from microtome.dictionary.formats.plain import file_of_layer, plain, refuse_transcoder
 from microtome.dictionary.parameters import Parameters
 from microtome.dictionary.recipe import Recipe
 from microtome.errors import CheckpointError
@@ -31,8 +31,8 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
     """The Top-K dictionary."""
-    told = re.search(r"L0_(\d+)", checkpoint.path.resolve().as_posix())
-    if k is None and told is None:
+    k = _k_in(checkpoint.path) if k is None else k
+    if k is None:
         raise CheckpointError(
             f"k: {checkpoint.path}: expected it in the path (…-L0_50/…) or as an argument, found neither. "
             "Pass k="
@@ -45,7 +45,7 @@ def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
         checkpoint.tensor("b_dec"),
         recipe=Recipe(
             activation="topk",
-            k=k if k is not None else int(told.group(1)) if told else None,
+            k=k,
             hook_name=f"blocks.{layer.group(1)}.hook_resid_post" if layer else None,
             source=NAME,
         ),
@@ -56,10 +56,17 @@ def write(sae: Parameters, path: Path) -> Path:
     """A Top-K dictionary; ``k`` goes into the name of a folder, as in the source."""
     refuse_transcoder(sae, NAME)
     made = plain(sae, NAME, ("topk",), apply_b_dec_to_input=False)
-    if re.search(rf"L0_{made.k}(?!\d)", path.resolve().as_posix()) is None:
+    file = path / file_of_layer(made, NAME, "hook_resid_post", "layer{}.sae.pt")
+    if _k_in(path) != made.k:
         raise CheckpointError(
-            f"save_to_disk: qwen_scope keeps k in the path alone: expected a folder named …L0_{made.k}, "
+            f"save_to_disk: qwen_scope keeps k in the path alone: expected the innermost L0_… of the path to be L0_{made.k}, "
             f"found {path}"
         )
     tensors = {"W_enc": made.W_enc.T, "W_dec": made.W_dec.T, "b_enc": made.b_enc, "b_dec": made.b_dec}
-    return write_pickle(path / f"layer{layer_of(made)}.sae.pt", tensors)
+    return write_pickle(file, tensors)
+
+
+def _k_in(path: Path) -> int | None:
+    """The number behind the innermost ``L0_`` of a path: a folder of many may be named after a sweep."""
+    told = re.findall(r"L0_(\d+)", path.resolve().as_posix())
+    return int(told[-1]) if told else None
