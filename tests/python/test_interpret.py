@@ -327,3 +327,42 @@ def test_unknown_verdicts_are_refused_with_their_line(tmp_path):
     pl.read_csv(sheet).with_columns(verdict=pl.Series(["right", "perhaps"])).write_csv(sheet)
     with pytest.raises(ShapeError, match="'perhaps' in line 3"):
         read_verdicts(sheet)
+
+
+def test_label_after_a_cut_line_is_kept(tmp_path):
+    cache, server = tmp_path / "labels.jsonl", Server(json.dumps(GOOD))
+    provider = ChatProvider("m", client=server)
+    label_features(4, {1: evidence()}, provider, cache=cache, progress=False)
+    cache.write_text(cache.read_text()[:-30])
+    for _ in range(2):
+        label_features(4, {1: evidence(), 2: evidence()}, provider, cache=cache, progress=False)
+    assert [json.loads(line)["feature"] for line in cache.read_text().splitlines()[1:]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ('{"confidence": ' + "[" * 100_000 + "]" * 100_000 + "}", "answer: expected JSON, found"),
+        (
+            '{"confidence": 0.5, "description": "x", "cue_counts": {"a": ' + "9" * 5000 + "}}",
+            "expected JSON, found",
+        ),
+        (
+            '{"confidence": 0.5, "description": "\\ud800"}',
+            "answer: expected text, found half of a surrogate pair",
+        ),
+    ],
+)
+def test_answer_that_no_table_can_hold_is_refused(answer, message):
+    with pytest.raises(ProviderError, match=message):
+        checked(answer)
+
+
+def test_dollar_signs_in_prompts_are_drawn_as_they_are():
+    pytest.importorskip("matplotlib")
+    from microtome.report.circuits import attention_overlays
+    from microtome.report.page import svg
+
+    row = {"prompt": 0, "layer": 0, "head": 0, "text": "Which costs more, $a_$ or $b?", "weights": [0.1] * 4}
+    figure = attention_overlays(pl.DataFrame([{**row, "image_mass": 0.5, "picture": None}]), "pay $5 or $6")
+    assert "<svg" in svg(figure)

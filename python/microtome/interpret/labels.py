@@ -140,6 +140,8 @@ def label_features(
         path.open("a", encoding="utf-8") as file,
         bar("labelling", len(evidence), progress, "features") as done,
     ):
+        if _ends_within_a_line(path):
+            file.write("\n")
         for count, (feature, items) in enumerate(evidence.items(), 1):
             user = render(items)
             key = (provider.model, prompt_hash(provider.model, layer, feature, user))
@@ -185,6 +187,15 @@ def _ask(provider: Provider, layer: int, feature: int, user: str, key: str, n: i
         prompt_hash=key,
         n_evidence=n,
     )
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    """Whether an interruption cut the last line short; what is appended would be part of it."""
+    with path.open("rb") as file:
+        if file.seek(0, 2) == 0:
+            return False
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
 
 
 def _read(path: Path) -> list[Label]:

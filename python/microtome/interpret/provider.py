@@ -107,8 +107,16 @@ def checked(text: str) -> dict[str, object]:
         raise ProviderError(f"answer: expected a JSON object, found {text[:60]!r}")
     try:
         answer = json.loads(text[start : end + 1])
-    except json.JSONDecodeError as error:
-        raise ProviderError(f"answer: expected JSON, found an error at character {error.pos}") from error
+        json.dumps(answer, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ProviderError(
+            f"answer: expected text, found half of a surrogate pair ({error.reason})"
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers of too many digits, and brackets without end, among them
+        raise ProviderError(f"answer: expected JSON, found {str(error).splitlines()[0][:120]}") from error
     confidence, description = answer.get("confidence"), answer.get("description")
     patterns, cues = answer.get("common_patterns", []), answer.get("cue_counts", {})
     if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
