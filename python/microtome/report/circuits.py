@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from microtome.report.figures import PALETTE, canvas
+from microtome.report.figures import PALETTE, canvas, literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ def _bars(axes: Axes, table: pl.DataFrame, value: str, tasks: Sequence[str], low
             if np.isfinite(edges).all():
                 axes.plot([place, place], edges, color="#1c2430", lw=1)
     axes.axhline(0, color=_GREY, lw=0.8)
-    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_xticks(range(len(tasks)), [literal(t) for t in tasks])
     axes.set_xlim(-0.6, len(tasks) - 0.4)
 
 
@@ -189,7 +189,7 @@ def interchange_raw(table: pl.DataFrame) -> Figure:
             axes.plot([place, place], [row["low"], row["high"]], color=colour, lw=1)
             axes.plot(place, row["faithfulness"], looks[row["circuit"]], color=colour, ms=4.5)
         axes.axhline(0, color=_GREY, lw=0.8)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=20)
+        axes.set_xticks(range(len(tasks)), [literal(t) for t in tasks], rotation=20)
         axes.set_title({"visual": "pictures", "textual": "words"}[form])
     panels[0].set_ylabel("faithfulness")
     _legend(figure, _group_keys() + [_mark(name, marker=look) for name, look in looks.items()])
@@ -202,7 +202,7 @@ def alignment_lines(table: pl.DataFrame) -> Figure:
     for panel, column in zip(axes, ("cosine", "centred"), strict=True):
         for i, task in enumerate(_tasks(table)):
             part = table.filter(pl.col("task") == task)
-            panel.plot(part["layer"], part[column], label=task, color=_colour(i), lw=1.6)
+            panel.plot(part["layer"], part[column], label=literal(task), color=_colour(i), lw=1.6)
             panel.fill_between(
                 part["layer"],
                 part[f"{column}_low"],
@@ -232,7 +232,7 @@ def effect_maps(table: pl.DataFrame, title: str) -> Figure:
         values = part.pivot("position", index="layer", values="effect").sort("layer").drop("layer").to_numpy()
         image = panel.imshow(values, aspect="auto", origin="lower", cmap="magma", norm=norm)
         _name_groups(panel, part.filter(pl.col("layer") == 0).sort("position")["group"].to_list())
-        panel.set(title=f"{title}, {form}", ylabel="layer")
+        panel.set(title=literal(f"{title}, {form}"), ylabel="layer")
         panel.set_yticks(range(len(values)) if len(values) <= 12 else range(0, len(values), 4))
     figure.colorbar(image, ax=axes[0].tolist(), label="patching effect", shrink=0.9, pad=0.01)
     return figure
@@ -270,7 +270,7 @@ def back_patch_maps(table: pl.DataFrame, title: str, chosen: pl.DataFrame | None
         values[part["dst"].to_numpy(), part["src"].to_numpy()] = part["change"].to_numpy()
         panel.set_facecolor(_LIGHT)
         image = panel.imshow(values, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
-        panel.set(title=f"{title}, {form}", xlabel="from layer", ylabel="to layer")
+        panel.set(title=literal(f"{title}, {form}"), xlabel="from layer", ylabel="to layer")
         for row in () if chosen is None else chosen.filter(pl.col("form") == form).iter_rows(named=True):
             panel.plot(row["src"], row["dst"], "o", mfc="none", mec="#1c2430", ms=13, mew=1.4)
             text = f"window {row['window']}"
@@ -292,7 +292,7 @@ def _points(
 def _by_task(panels: Any, tasks: list[str], labels: Sequence[str]) -> None:
     for axes, label in zip(panels, labels, strict=True):
         axes.axhline(0, color=_GREY, lw=0.8)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=20)
+        axes.set_xticks(range(len(tasks)), [literal(t) for t in tasks], rotation=20)
         axes.set_ylabel(label)
 
 
@@ -340,11 +340,11 @@ def attention_overlays(table: pl.DataFrame, title: str) -> Figure:
         i, j = heads.index((row["layer"], row["head"])), prompts.index(row["prompt"])
         _overlay(panels[i, j], row)
         if i == 0:
-            panels[i, j].set_title(_wrapped(row["text"].replace("<image>", "").strip()), fontsize=7)
+            panels[i, j].set_title(literal(_wrapped(row["text"].replace("<image>", "").strip())), fontsize=7)
         if j == 0:
             panels[i, j].set_ylabel(f"L{row['layer']}H{row['head']}", fontsize=9)
         panels[i, j].set_xlabel(f"{row['image_mass']:.0%} on the picture", fontsize=7)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(literal(title), fontsize=10)
     return figure
 
 

@@ -44,6 +44,11 @@ def canvas(
     return figure, axes
 
 
+def literal(text: object) -> str:
+    """``text`` as matplotlib draws it letter by letter: a pair of dollar signs would be a formula."""
+    return str(text).replace("$", r"\$")
+
+
 def grouped_bars(table: pl.DataFrame, x: str, y: str, group: str, floor: float | None = None) -> Figure:
     """Bars of ``y`` for each value of ``x``, side by side for each ``group``; a dotted line at ``floor``."""
     names, groups = table[x].unique(maintain_order=True), table[group].unique(maintain_order=True)
@@ -52,10 +57,10 @@ def grouped_bars(table: pl.DataFrame, x: str, y: str, group: str, floor: float |
     for i, g in enumerate(groups):
         heights = [_value(table.filter((pl.col(x) == n) & (pl.col(group) == g)), y) for n in names]
         places = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width
-        axes.bar(places, heights, width * 0.92, label=str(g))
+        axes.bar(places, heights, width * 0.92, label=literal(g))
     if floor is not None:
         axes.axhline(floor, color="#5d6b7a", lw=0.8, ls=":")
-    axes.set_xticks(np.arange(len(names)), [str(n) for n in names])
+    axes.set_xticks(np.arange(len(names)), [literal(n) for n in names])
     axes.set_ylabel(y)
     axes.legend(ncols=len(groups), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return figure
@@ -83,8 +88,8 @@ def heat_map(
     if values.size <= 400:
         _write_numbers(axes, values, (low + high) / 2)
     x_names, y_names = ticks or (range(values.shape[1]), range(values.shape[0]))
-    axes.set_xticks(range(values.shape[1]), [str(t) for t in x_names])
-    axes.set_yticks(range(values.shape[0]), [str(t) for t in y_names])
+    axes.set_xticks(range(values.shape[1]), [literal(t) for t in x_names])
+    axes.set_yticks(range(values.shape[0]), [literal(t) for t in y_names])
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     figure.colorbar(image, ax=axes, label=label, shrink=0.9)
@@ -159,7 +164,7 @@ def lines(
     figure, axes = canvas()
     for name in table[group].unique(maintain_order=True):
         part = table.filter(pl.col(group) == name).sort(x)
-        axes.plot(part[x].to_numpy(), part[y].to_numpy(), marker="o", ms=3, label=str(name))
+        axes.plot(part[x].to_numpy(), part[y].to_numpy(), marker="o", ms=3, label=literal(name))
     axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     axes.legend(frameon=False)
     return figure
