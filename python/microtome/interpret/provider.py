@@ -112,10 +112,8 @@ def checked(text: str) -> dict[str, object]:
         raise ProviderError(
             f"answer: expected text, found half of a surrogate pair ({error.reason})"
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # numbers of too many digits, and brackets without end, among them
+    except (ValueError, RecursionError) as error:
+        # numbers of too many digits, and brackets without end, among them
         raise ProviderError(f"answer: expected JSON, found {str(error).splitlines()[0][:120]}") from error
     confidence, description = answer.get("confidence"), answer.get("description")
     patterns, cues = answer.get("common_patterns", []), answer.get("cue_counts", {})
