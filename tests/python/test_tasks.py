@@ -221,3 +221,49 @@ def test_pairs_that_cannot_be_used_are_refused_or_dropped(pair, message):
     assert kept.dropped[0][0] == 1
     with pytest.raises(ShapeError, match="at least one usable pair"):
         prepare(model, Letters(), [pair], on_invalid="drop")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.json", "{", {}, r"a\.json: expected JSON, found .* in line 1"),
+        ("a.json", "[1]", {}, r"a\.json: expected an object, found list"),
+        ("a.json", '{"questions": 5}', {}, r"a\.json: expected prompts"),
+        (
+            "a.json",
+            '{"questions": [{"image_filename": "x", "answer": 1}]}',
+            {},
+            "expected the key 'question' of clevr",
+        ),
+        ("a.json", '{"images": [{}], "annotations": []}', {}, "expected the key 'id' of coco"),
+        ("a.jsonl", '{"prompt": "a", "answer": "b", "image": 5}', {}, r"a\.jsonl: expected jsonl, found"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "answer": "b", "facts": [1]}',
+            {},
+            r"a\.jsonl:1: facts: expected an object",
+        ),
+        ("a.jsonl", '{"prompt": "a", "answer": "b"}', {"typo": 5}, "options: expected some of .* found typo"),
+        (
+            "a.jsonl",
+            '{"image": "a", "caption": "c", "relation": "r", "label": 1}',
+            {"template": "{q}"},
+            "template: ",
+        ),
+    ],
+)
+def test_files_that_are_no_prompts_are_refused_by_name_and_key(name, content, options, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ShapeError, match=message):
+        load_prompts(tmp_path / name, **options)
+
+
+def test_annotations_and_spans_are_refused_by_their_file(tmp_path):
+    (tmp_path / "q.json").write_text('{"questions": []}')
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ShapeError, match=r"a\.json: expected the key 'annotations' of VQAv2's annotations"):
+        load_prompts(tmp_path / "q.json", annotations=tmp_path / "a.json")
+    side = {"prompt": "a", "answer": "b"}
+    (tmp_path / "p.jsonl").write_text(json.dumps({"clean": side, "corrupted": side, "spans": 5}))
+    with pytest.raises(ShapeError, match=r"p\.jsonl:1: spans: expected positions by group, found 5"):
+        load_pairs(tmp_path / "p.jsonl")

@@ -2,7 +2,8 @@
 
     >>> rows = [{"prompt": "2 + 3 =", "answer": "5"}, {"prompt": "4 + 4 =", "answer": "8"}]
     >>> pairs = counterfactual_pairs([Prompt(**row) for row in rows])
-    >>> pairs[0].answer, pairs[0].corrupted_answer ('5', '8')
+    >>> pairs[0].answer, pairs[0].corrupted_answer
+    ('5', '8')
 
 Loaders read what the data sets publish: JSON and JSON lines beside a folder of images. Nothing is downloaded,
 and an image is opened when it is first asked for.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from microtome.errors import ShapeError
+from microtome.errors import Error, ShapeError
 from microtome.tensors import extra
 
 __all__ = [
@@ -157,7 +159,11 @@ def load_pairs(path: str | Path, images: str | Path | None = None) -> list[Promp
         ShapeError: a line is not a pair; the message says which.
     """
     folder = Path(images) if images is not None else Path(path).parent
-    pairs = []
+    with _named(path, "pairs"):
+        return list(_pairs(path, folder))
+
+
+def _pairs(path: str | Path, folder: Path) -> Iterator[PromptPair]:
     for number, row in _json_lines(path):
         sides = {
             side: _prompt(row.get(side), folder, f"{path}:{number}: {side}")
@@ -165,8 +171,9 @@ def load_pairs(path: str | Path, images: str | Path | None = None) -> list[Promp
         }
         clean, corrupted = sides["clean"], sides["corrupted"]
         answers = str(row.get("answer", clean.answer)), str(row.get("corrupted_answer", corrupted.answer))
-        pairs.append(PromptPair(clean, corrupted, *answers, row.get("spans")))
-    return pairs
+        if not isinstance(spans := row.get("spans"), Mapping | None):
+            raise ShapeError(f"{path}:{number}: spans: expected positions by group, found {spans!r:.60}")
+        yield PromptPair(clean, corrupted, *answers, spans)
 
 
 def load_prompts(
@@ -186,20 +193,47 @@ def load_prompts(
             questions; ``annotations=`` for VQAv2; ``question=`` for COCO, whose captions become textual data.
 
     Raises:
-        ShapeError: a format that is not known, or a row without its keys.
+        ShapeError: a format or an option that is not known, a file that is no JSON, or a row without its keys.
     """
+    if unknown := sorted(set(options) - _OPTIONS):
+        raise ShapeError(f"options: expected some of {', '.join(sorted(_OPTIONS))}, found {unknown[0]}")
     folder = Path(images) if images is not None else Path(path).parent
-    name = format or _format_of(path)
+    with _named(path, "prompts"):
+        name = format or _format_of(path)
     if name not in _LOADERS:
         raise ShapeError(f"format: expected one of {', '.join(_LOADERS)}, found {name!r}")
-    return list(_LOADERS[name](Path(path), folder, options))
+    with _named(path, name):
+        return list(_LOADERS[name](Path(path), folder, options))
+
+
+@contextmanager
+def _named(path: str | Path, what: str) -> Iterator[None]:
+    """A missing key, or a value of another type, as one line that names the file."""
+    try:
+        yield
+    except Error:
+        raise
+    except KeyError as error:
+        raise ShapeError(f"{path}: expected the key {error} of {what}, found a row without it") from None
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        raise ShapeError(f"{path}: expected {what}, found {str(error).splitlines()[0][:120]}") from error
+
+
+def _content(path: str | Path) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ShapeError(f"{path}: expected JSON, found {error.msg} in line {error.lineno}") from None
+    if not isinstance(content, dict):
+        raise ShapeError(f"{path}: expected an object, found {type(content).__name__}")
+    return content
 
 
 def _format_of(path: str | Path) -> str:
     if Path(path).suffix == ".jsonl":
         first = next(_json_lines(path), (0, {}))[1]
         return "vsr" if {"caption", "relation", "label"} <= set(first) else "jsonl"
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    content = _content(path)
     if "questions" in content:
         first = content["questions"][0] if content["questions"] else {}
         return "clevr" if "image_filename" in first else "vqav2"
@@ -228,6 +262,9 @@ def _prompt(row: Any, folder: Path, where: str) -> Prompt:
     if not isinstance(row, dict) or "prompt" not in row or "answer" not in row:
         raise ShapeError(f"{where}: expected an object with prompt and answer, found {row!r:.60}")
     known = {k: row[k] for k in ("id", "task", "form", "template", "data", "facts") if row.get(k) is not None}
+    if not isinstance(known.get("facts", {}), Mapping):
+        raise ShapeError(f"{where}: facts: expected an object, found {known['facts']!r:.60}")
+    known |= {name: str(value) for name, value in known.items() if name != "facts"}
     image = row.get("image_path") or row.get("image")
     path = str(folder / image) if image else None
     return Prompt(str(row["prompt"]), str(row["answer"]), path, **known)
@@ -239,16 +276,23 @@ def _jsonl(path: Path, folder: Path, _options: Mapping[str, Any]) -> Iterator[Pr
 
 
 def _worded(question: str, options: Mapping[str, Any]) -> str:
-    return str(options.get("template", "{question}")).format(question=question)
+    template = str(options.get("template", "{question}"))
+    try:
+        return template.format(question=question)
+    except (LookupError, ValueError) as error:
+        raise ShapeError(
+            f"template: expected words with {{question}} alone, found {template!r} ({error})"
+        ) from None
 
 
 def _vqav2(path: Path, folder: Path, options: Mapping[str, Any]) -> Iterator[Prompt]:
     """Questions and annotations of VQAv2; the answer is the most common of ten; pictures are COCO's."""
     if "annotations" not in options:
         raise ShapeError(f"annotations: {path}: expected the path of VQAv2's annotations, found none")
-    notes = json.loads(Path(options["annotations"]).read_text(encoding="utf-8"))["annotations"]
-    answers = {note["question_id"]: note for note in notes}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    notes_path = options["annotations"]
+    with _named(notes_path, "VQAv2's annotations"):
+        answers = {note["question_id"]: note for note in _content(notes_path)["annotations"]}
+    content = _content(path)
     subtype = content.get("data_subtype", "val2014")
     for question in content["questions"]:
         note = answers.get(question["question_id"])
@@ -282,7 +326,7 @@ def _vsr(path: Path, folder: Path, options: Mapping[str, Any]) -> Iterator[Promp
 
 def _clevr(path: Path, folder: Path, options: Mapping[str, Any]) -> Iterator[Prompt]:
     """CLEVR's questions; prompts of one question family are of one template."""
-    for i, row in enumerate(json.loads(path.read_text(encoding="utf-8"))["questions"]):
+    for i, row in enumerate(_content(path)["questions"]):
         if "answer" not in row:
             raise ShapeError(f"{path}: question {i}: expected an answer, found none. The test split has none")
         template = str(row.get("question_family_index", ""))
@@ -295,7 +339,7 @@ def _clevr(path: Path, folder: Path, options: Mapping[str, Any]) -> Iterator[Pro
 
 def _coco(path: Path, folder: Path, options: Mapping[str, Any]) -> Iterator[Prompt]:
     """COCO captions: one prompt per picture, its first caption the answer and the textual data."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _content(path)
     names = {image["id"]: image["file_name"] for image in content["images"]}
     captions: dict[int, list[str]] = defaultdict(list)
     for note in content["annotations"]:
@@ -312,4 +356,5 @@ def _coco(path: Path, folder: Path, options: Mapping[str, Any]) -> Iterator[Prom
         )  # fmt: skip
 
 
+_OPTIONS = {"annotations", "question", "template", "yes_no"}
 _LOADERS = {"jsonl": _jsonl, "vqav2": _vqav2, "vsr": _vsr, "clevr": _clevr, "coco": _coco}
