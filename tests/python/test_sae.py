@@ -407,6 +407,7 @@ def test_activations_of_another_hook_are_refused_with_both_sides_named(hook, fit
         ({"k": 2.5}, "k: expected a whole number of at least 1, found 2.5"),
         ({"norm_aware": "no"}, "norm_aware: expected True or False, found 'no'"),
         ({"relu": "never"}, "relu: expected one of before_topk, after_topk, found 'never'"),
+        ({"hook_name": 5}, "hook_name: expected a name or None, found 5"),
         ({"activation": []}, "activation: expected one of"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import microtome as mt  # noqa: E402
@@ -455,3 +457,79 @@ def test_header_length_that_begins_like_a_pickle_is_read_as_safetensors(tmp_path
         metadata = {"format": "x", "padding": "y" * padding}
         file = write_safetensors(tmp_path / f"{padding}.safetensors", {"a": torch.zeros(2)}, metadata)
         assert Checkpoint(file, {}).metadata == metadata
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "change"),
+    [
+        ("saelens", "cfg.json", {"metadata": "abc"}),
+        ("saelens", "cfg.json", {"k": "abc"}),
+        ("sparsify", "cfg.json", {"k": []}),
+        ("dictionary_learning", "config.json", {"trainer": {"dict_class": []}}),
+        ("llamascopium", "config.json", {"d_model": -1}),
+        ("llamascopium", "config.json", {"act_fn": {}}),
+    ],
+)
+def test_configuration_of_other_types_is_refused_by_file(form, file, change, tmp_path):
+    dictionary(**RECIPES["topk"]).save_to_disk(tmp_path, form)
+    edit(tmp_path, file, **change)
+    with pytest.raises((CheckpointError, ShapeError)):
+        mt.SAE.load_from_disk(tmp_path, form)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("recipe", "{"),
+        ("recipe", "5"),
+        ("recipe", '{"activation": "topk", "k": "5"}'),
+        ("probe", "[]"),
+        ("probe", '{"l0": "a"}'),
+        ("probe", "x"),
+    ],
+)
+def test_header_of_our_own_file_is_refused_by_name(key, value, tmp_path):
+    file = dictionary(**RECIPES["topk"]).with_probe(torch.randn(9, 12)).save_to_disk(tmp_path)
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    save_file(load_file(file), file, {**metadata, f"microtome.{key}": value})
+    with pytest.raises((CheckpointError, ShapeError)):
+        mt.SAE.load_from_disk(tmp_path)
+
+
+def npz(path: Path, member: bytes) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
+            archive.writestr(f"{name}.npy", member)
+
+
+def npy(shape: str, content: bytes = b"") -> bytes:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + content
+
+
+def test_npz_is_refused_whatever_is_wrong_with_it(tmp_path):
+    file = tmp_path / "params.npz"
+    for member in (
+        npy("(1000000000000,)"),
+        npy("(10,)", b"abc"),
+        npy("(((((((("),
+        b"",
+        npy("(4,)", bytes(200 << 20)),
+    ):
+        npz(file, member)
+        with pytest.raises(UnsafeCheckpointError, match=r"params\.npz: expected"):
+            mt.SAE.load_from_disk(tmp_path)
+    npz(file, npy("(1000,)", np.random.default_rng(0).bytes(4000)))
+    content = bytearray(file.read_bytes())
+    content[200:400] = b"\xff" * 200
+    file.write_bytes(content)
+    with pytest.raises(UnsafeCheckpointError, match=r"params\.npz: expected"):
+        mt.SAE.load_from_disk(tmp_path)
+
+
+def test_pickle_of_another_tool_beside_a_dictionary_is_passed_over(tmp_path):
+    sae = dictionary(**RECIPES["topk"])
+    sae.save_to_disk(tmp_path, "saelens")
+    torch.save({"options": Path("x")}, tmp_path / "trainer_state.pt")
+    assert mt.SAE.load_from_disk(tmp_path).recipe.source == "saelens"

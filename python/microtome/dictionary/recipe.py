@@ -73,6 +73,9 @@ class Recipe:
         check_whole(self, ["k"])
         check_numbers(self, dict.fromkeys(("input_scale", "output_scale"), Bounds(0)))
         check_flags(self, ["apply_b_dec_to_input", "norm_aware", "rescale_acts_by_decoder_norm"])
+        for name in ("hook_name", "hook_name_out", "model_name"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise CheckpointError(f"{name}: expected a name or None, found {value!r}")
         if self.activation == "topk" and self.k is None:
             raise ShapeError("k: expected the number of features kept per row, found None. Pass k=")
         if self.rescale_acts_by_decoder_norm and not self.norm_aware:

@@ -8,6 +8,8 @@ never guessed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -26,7 +28,7 @@ from microtome.dictionary.formats import (
 )
 from microtome.dictionary.formats.files import PROBE_FILE, Checkpoint, checkpoints, write_safetensors
 from microtome.dictionary.parameters import Parameters
-from microtome.errors import CheckpointError
+from microtome.errors import CheckpointError, Error, UnsafeCheckpointError
 
 __all__ = ["FORMATS", "detect", "load", "save"]
 
@@ -84,7 +86,7 @@ def load(path: Path, format_name: str | None, k: int | None) -> Parameters:
     if format_name is not None and format_name not in FORMATS:
         raise CheckpointError(f"format: expected one of {', '.join(FORMATS)}, found {format_name!r}")
     found = list(checkpoints(path))
-    told = [(checkpoint, detect(checkpoint)) for checkpoint in found]
+    told = _told(found)
     fitting = [(c, name) for c, name in told if name is not None and format_name in (None, name)]
     if len(fitting) > 1:
         raise CheckpointError(
@@ -98,9 +100,46 @@ def load(path: Path, format_name: str | None, k: int | None) -> Parameters:
         checkpoint, name = found[0], format_name
     else:
         raise CheckpointError(_unknown(path, told, format_name))
-    sae = FORMATS[name].read(checkpoint, k)
-    _attach_probe(sae, checkpoint.path.parent / PROBE_FILE)
+    with _readable(checkpoint.path, name):
+        sae = FORMATS[name].read(checkpoint, k)
+        _attach_probe(sae, checkpoint.path.parent / PROBE_FILE)
     return sae
+
+
+def _told(found: list[Checkpoint]) -> list[tuple[Checkpoint, str | None]]:
+    """The format of each file, or None; of several files one is held at a time.
+
+    Another tool's pickle beside a dictionary is passed over.
+
+    Raises:
+        UnsafeCheckpointError: a pickle, and no dictionary beside it.
+    """
+    told, refused = list[tuple[Checkpoint, str | None]](), None
+    for checkpoint in found:
+        try:
+            with _readable(checkpoint.path, "a dictionary"):
+                told.append((checkpoint, detect(checkpoint)))
+        except UnsafeCheckpointError as error:
+            refused = refused or error
+        if len(found) > 1:
+            checkpoint.release()
+    if refused is not None and not any(name for _, name in told):
+        raise refused
+    return told
+
+
+@contextmanager
+def _readable(path: Path, name: str) -> Iterator[None]:
+    """What a reader stumbles over in a file of other contents, as one line that names the file."""
+    try:
+        yield
+    except Error:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        what = (str(error).splitlines() or [""])[0][:120]
+        raise CheckpointError(
+            f"contents: {path}: expected those of {name}, found {type(error).__name__}: {what}"
+        ) from error
 
 
 def save(sae: Parameters, path: Path, format_name: str) -> Path:

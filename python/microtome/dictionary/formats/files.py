@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,21 @@ PROBE_FILE = "probe.safetensors"
 
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".pkl")
 _LARGEST_CONFIG = 16 << 20
+_LARGEST_RATIO = 100
+_NPZ_ERRORS = (  # of NumPy's header, of a compressed stream, of an archive with a password or another method
+    *(
+        ValueError,
+        TypeError,
+        SyntaxError,
+        KeyError,
+        EOFError,
+        OSError,
+        MemoryError,
+        OverflowError,
+        RuntimeError,
+    ),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,10 @@ class Checkpoint:
         if head[:2] == b"PK" or head[:1] == b"\x80":
             return _torch_file(self.path), {}
         return _safetensors(self.path)
+
+    def release(self) -> None:
+        """Let go of the contents; they are read again when they are asked for."""
+        self.__dict__.pop("contents", None)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -141,14 +162,26 @@ def _is_npz(path: Path) -> bool:
 
 
 def _npz(path: Path) -> dict[str, Any]:
+    _refuse_bomb(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-    except (ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+    except _NPZ_ERRORS as error:
         raise UnsafeCheckpointError(
             f"{path}: expected arrays of numbers, found a pickle or damage ({_line(error)}). "
             "Convert it to safetensors"
         ) from error
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Weights hardly compress; an archive that declares far more than it holds would fill memory when it is read."""
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(entry.file_size for entry in archive.infolist())
+    held = path.stat().st_size
+    if declared > _LARGEST_RATIO * held + _LARGEST_CONFIG:
+        raise UnsafeCheckpointError(
+            f"{path}: expected weights, found an archive of {held} bytes that unpacks to {declared}"
+        )
 
 
 def _torch_file(path: Path) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def read(checkpoint: Checkpoint, k: int | None) -> Parameters:
             f"found {sae.fingerprint()}"
         )
     if probe is not None:
-        sae.probe, sae.probe_targets = probe, json.loads(meta[f"{_PREFIX}probe"])
+        targets = json.loads(meta[f"{_PREFIX}probe"])
+        sae.probe, sae.probe_targets = probe, {name: float(value) for name, value in targets.items()}
     return sae
 
 
