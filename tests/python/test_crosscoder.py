@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from diffing_cases import write_store  # noqa: E402
-from microtome.dictionary import Crosscoder, TrainConfig, train_crosscoder  # noqa: E402
+from microtome.dictionary import Crosscoder, TrainConfig, crosscoder, train_crosscoder  # noqa: E402
 from microtome.dictionary.crosscoder import StackedRows  # noqa: E402
 from microtome.errors import CheckpointError, ShapeError  # noqa: E402
 
@@ -78,6 +78,34 @@ def test_both_models_are_reconstructed_on_their_own_scale(trained):
     for name, x in acts.items():
         error = (x - decoded[name]).square().sum() / (x - x.mean(0)).square().sum()
         assert float(1 - error) == pytest.approx(explained[name], abs=1e-3)
+
+
+class Counted:
+    """Rows that remember how many were read at once."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.shape, self.most = x, tuple(x.shape), 0
+
+    def __getitem__(self, rows):
+        block = self.x[rows]
+        self.most = max(self.most, len(block))
+        return block
+
+
+def test_rows_are_read_block_by_block(trained, monkeypatch):
+    acts, _, result = trained
+    whole = result.crosscoder.encode(acts), result.crosscoder.explained_variance(acts)
+    monkeypatch.setattr(crosscoder, "_BLOCK_ROWS", 1000)
+    counted = {name: Counted(x) for name, x in acts.items()}
+    codes, explained = result.crosscoder.encode(counted), result.crosscoder.explained_variance(counted)
+    assert max(x.most for x in counted.values()) == 1000
+    assert all(np.array_equal(a, b) for a, b in zip(codes.to_csr(), whole[0].to_csr(), strict=True))
+    assert explained == pytest.approx(whole[1], rel=1e-9)
+
+
+def test_no_rows_have_no_codes(trained):
+    acts, _, result = trained
+    assert len(result.crosscoder.encode({name: x[:0] for name, x in acts.items()})) == 0
 
 
 def test_threshold_lets_k_features_fire_on_average(trained):

@@ -23,6 +23,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from microtome.dictionary.encoding import joined
 from microtome.dictionary.sae import SAE
 from microtome.dictionary.train.config import TrainConfig
 from microtome.dictionary.train.run import train_rows
@@ -166,9 +167,8 @@ class Crosscoder:
         return StackedRows({name: acts[name] for name in self.models}, self.scales)
 
     def encode(self, acts: Mapping[str, Any]) -> SparseCodes | RaggedCodes:
-        """Sparse codes of the tokens, from all models together."""
-        stacked = self.stack(acts)
-        return self.sae.encode(torch.cat(list(stacked.blocks())))
+        """Sparse codes of the tokens, from all models together; rows are read block by block."""
+        return joined([self.sae.encode(block) for block in rows_of(self.stack(acts), _BLOCK_ROWS)])
 
     def decode(self, codes: Any) -> dict[str, Tensor]:
         """Reconstruction ``(n, d)`` of every model's rows, on their own scale."""
@@ -176,12 +176,16 @@ class Crosscoder:
         return {name: part / s for name, part, s in zip(self.models, parts, self.scales, strict=True)}
 
     def explained_variance(self, acts: Mapping[str, Any]) -> dict[str, float]:
-        """``1 − FVU`` of every model's rows, sums over the whole set."""
+        """``1 − FVU`` of every model's rows, sums over the whole set; rows are read twice, block by block."""
         stacked = self.stack(acts)
-        x = torch.cat(list(stacked.blocks())).double()
-        x_hat = torch.cat([self.sae.reconstruct(block) for block in rows_of(stacked, _BLOCK_ROWS)]).double()
-        error = (x - x_hat).square().unflatten(1, (len(self.models), -1)).sum((0, 2))
-        spread = (x - x.mean(0)).square().unflatten(1, (len(self.models), -1)).sum((0, 2))
+        mean = torch.stack([block.double().sum(0) for block in rows_of(stacked, _BLOCK_ROWS)]).sum(0) / len(
+            stacked
+        )
+        error, spread = torch.zeros(2, len(self.models), dtype=torch.double)
+        for block in rows_of(stacked, _BLOCK_ROWS):
+            x, x_hat = block.double(), self.sae.reconstruct(block).detach().cpu().double()
+            error += (x - x_hat).square().unflatten(1, (len(self.models), -1)).sum((0, 2))
+            spread += (x - mean).square().unflatten(1, (len(self.models), -1)).sum((0, 2))
         return {name: float(1 - e / s) for name, e, s in zip(self.models, error, spread, strict=True)}
 
     def compare(self, a: str | None = None, b: str | None = None) -> pl.DataFrame:

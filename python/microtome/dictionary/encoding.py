@@ -19,7 +19,7 @@ from microtome.dictionary.weights import rows_of
 from microtome.metrics.codes import RaggedCodes, SparseCodes
 from microtome.metrics.encode import TopKEncoder
 
-__all__ = ["PackedEncoder", "encode_on_device"]
+__all__ = ["PackedEncoder", "encode_on_device", "joined"]
 
 _BLOCK_ROWS = 65_536
 _BLOCK_ENTRIES = 1 << 25  # pre-activations held at once on a device
@@ -61,7 +61,7 @@ class PackedEncoder:
         if self.recipe.normalize == "none":
             return self._finished(self.encoder(x))
         parts = [self.encoder(self._normalized(block.float())) for block in rows_of(x, _BLOCK_ROWS)]
-        return self._finished(_joined(parts))
+        return self._finished(joined(parts))
 
     def _normalized(self, x: Tensor) -> Tensor:
         plain = self.recipe.replace(input_scale=1.0, apply_b_dec_to_input=False)
@@ -85,7 +85,8 @@ class PackedEncoder:
         return _ragged(np.diff(gates.indptr), gates.indices, magnitudes, gates.d_sae)
 
 
-def _joined(parts: list[Any]) -> SparseCodes | RaggedCodes:
+def joined(parts: list[Any]) -> SparseCodes | RaggedCodes:
+    """Codes of one block of rows after the other as one."""
     first = parts[0]
     if isinstance(first, SparseCodes):
         indices, values = (
