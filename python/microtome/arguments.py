@@ -1,15 +1,25 @@
-"""Arguments as a person writes them: memory budgets, whole numbers, flags."""
+"""Arguments as a person writes them: memory budgets, whole numbers, flags, words of a few."""
 
 from __future__ import annotations
 
 import operator
 import re
 import reprlib
+from collections.abc import Iterable
 from typing import Any, overload
 
 from microtome.errors import DtypeError, ShapeError
 
-__all__ = ["LARGEST", "LARGEST_SEED", "MOST_RESAMPLES", "flag", "parse_bytes", "required_bytes", "whole"]
+__all__ = [
+    "LARGEST",
+    "LARGEST_SEED",
+    "MOST_RESAMPLES",
+    "flag",
+    "parse_bytes",
+    "require_one_of",
+    "required_bytes",
+    "whole",
+]
 
 LARGEST = 2**63 - 1
 """Largest whole number that is taken unless told otherwise: that of a signed 64-bit word."""
@@ -94,6 +104,24 @@ def flag(value: Any, name: str) -> bool:
     if type(value).__name__ not in ("bool", "bool_"):
         raise DtypeError(f"{name}: expected True or False, found {_shown(value)}")
     return bool(value)
+
+
+def require_one_of(
+    name: str, value: Any, allowed: Iterable[Any], error: type[Exception] = ShapeError
+) -> None:
+    """Refuse an option that there is not: a misspelt one is never taken as another.
+
+    Raises:
+        ShapeError: ``value`` is not among ``allowed``; or another error that is asked for.
+
+    Example:
+        >>> require_one_of("align", "spams", ("absolute", "spans"))
+        Traceback (most recent call last):
+        microtome.errors.ShapeError: align: expected one of absolute, spans, found 'spams'
+    """
+    options = tuple(allowed)
+    if not any(value is option or (isinstance(value, str) and value == option) for option in options):
+        raise error(f"{name}: expected one of {', '.join(map(str, options))}, found {value!r}")
 
 
 def _index(value: Any) -> int | None:

@@ -11,7 +11,6 @@ import pytest
 from test_architecture import PACKAGE, imports
 
 CIRCUIT_FLOORS = [
-    {"choices"},
     {"statistics", "circuit"},
     {"forward"},
     {"pairs"},

@@ -2,7 +2,6 @@
 
 Rooms, from the ground up; each imports only those of the lines before its own.
 
-    choices        options that are one of a few words
     statistics     intervals and tests
     circuit/       sets of nodes and edges, their scores, what two sets share
     forward/       one forward of the model: run, listened to, overwritten

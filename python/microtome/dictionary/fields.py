@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
+from microtome.arguments import require_one_of
 from microtome.errors import ShapeError
 
 __all__ = ["Bounds", "check_flags", "check_numbers", "check_whole", "check_words"]
@@ -35,9 +36,7 @@ class Bounds(NamedTuple):
 def check_words(config: Any, words: Mapping[str, Any], error: type[Exception] = ShapeError) -> None:
     """Refuse fields that are none of the words of their ``Literal``."""
     for name, kind in words.items():
-        value, known = getattr(config, name), get_args(kind)
-        if not isinstance(value, str) or value not in known:
-            raise error(f"{name}: expected one of {', '.join(known)}, found {value!r}")
+        require_one_of(name, getattr(config, name), get_args(kind), error)
 
 
 def check_whole(config: Any, names: Iterable[str], least: int = 1) -> None:

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from microtome.arguments import require_one_of
 from microtome.circuits.ablation.replacements import mean_values
-from microtome.circuits.choices import require_one_of
 from microtome.circuits.forward.directions import finite_direction
 from microtome.circuits.forward.restore import left_as_found
 from microtome.circuits.pairs.pair_set import PairSet, as_pair_set

@@ -23,7 +23,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from microtome.circuits.choices import require_one_of
+from microtome.arguments import require_one_of
 from microtome.circuits.forward.attention import Watch, watched_attention
 from microtome.circuits.forward.decoder import Merged, decode, merge
 from microtome.circuits.forward.directions import finite_direction

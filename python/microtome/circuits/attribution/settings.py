@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from microtome.circuits.choices import require_one_of
+from microtome.arguments import require_one_of
 from microtome.errors import ShapeError
 
 __all__ = ["METHODS", "Method", "Settings"]

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.circuits.choices import require_one_of
+from microtome.arguments import require_one_of
 from microtome.errors import ShapeError
 from microtome.metrics import Bitset
 

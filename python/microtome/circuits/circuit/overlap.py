@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.circuits.choices import require_one_of
+from microtome.arguments import require_one_of
 from microtome.circuits.circuit.nodes import KINDS, Circuit, NodeKind
 from microtome.circuits.circuit.positions import PositionMap
 from microtome.errors import ShapeError

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.circuits.choices import require_one_of
+from microtome.arguments import require_one_of
 from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape, NodeKind
 from microtome.errors import ShapeError
 from microtome.metrics import Bitset, top_n

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from microtome.arguments import require_one_of
 from microtome.circuits.ablation.replacements import ABLATIONS, Ablation, Replacements, require_one_layout
-from microtome.circuits.choices import require_one_of
 from microtome.circuits.circuit.nodes import KINDS, Circuit, CircuitShape, NodeKind
 from microtome.circuits.circuit.scores import SIZES, NodeScores
 from microtome.circuits.faithfulness.results import Curve, Faithfulness

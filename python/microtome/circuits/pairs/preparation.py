@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from microtome.circuits.choices import require_one_of
+from microtome.arguments import require_one_of
 from microtome.circuits.forward.decoder import last_logits
 from microtome.circuits.forward.restore import left_as_found
 from microtome.circuits.pairs.pair_set import Align, PairSet, PreparedPair, merge_pair

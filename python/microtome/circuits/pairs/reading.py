@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from microtome.circuits.choices import require_one_of
+from microtome.arguments import require_one_of
 from microtome.circuits.pairs.pair_set import GROUPS, Align, Inputs, Positions, PreparedPair
 from microtome.errors import ShapeError
 

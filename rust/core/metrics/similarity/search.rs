@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::kernels::gemm::dot::dot;
 use crate::kernels::gemm::tile::COLS;
 use crate::kernels::gemm::{Dictionary, Plan, Space, Terms, Wanted};
-use crate::kernels::topk::{Scored, keep_best};
+use crate::kernels::topk::Scored;
 use crate::rows::Rows;
 use crate::scan::{Context, grid, map_ordered, map_ordered_with, spread};
 
@@ -106,8 +106,8 @@ impl Search<'_> {
         if best.len() < self.k {
             return Vec::new();
         }
-        keep_best(&mut best, self.k);
         best.sort_unstable_by(Scored::order);
+        best.truncate(self.k);
         best
     }
 
@@ -154,6 +154,7 @@ fn blocks(n: usize) -> Vec<Range<usize>> {
 mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU64};
 
+    use super::super::pack;
     use super::*;
     use crate::kernels::isa::Isa;
     use crate::rows::Data;
@@ -186,14 +187,8 @@ mod tests {
         let context = &Context { cancel: &cancel, done: &done, memory_budget: 1 << 28 };
         let listed: Vec<usize> = (0..n).collect();
         for plan in Isa::available().map(|isa| Plan::coarse(isa, d)) {
-            let panels = b.chunks(COLS * d).zip(lengths_b.chunks(COLS)).enumerate();
-            let panels = panels.map(|(number, (rows, lengths))| {
-                let mut terms = Terms::default();
-                terms.weight.iter_mut().zip(lengths).for_each(|(weight, length)| *weight = 1.0 / length);
-                plan.panel(number, rows.to_vec(), &terms)
-            });
-            let dictionary = &Dictionary::new(plan.clone(), panels.collect());
-            let rows = Rows::new(Data::F32(&a), d).unwrap();
+            let [rows, others] = [&a, &b].map(|x| Rows::new(Data::F32(x), d).unwrap());
+            let dictionary = &pack(&plan, others, &lengths_b, &listed, context).unwrap();
             for k in [1, 2] {
                 let search = Search { dictionary, rows, lengths: &lengths_a, k, context };
                 let expected = search.in_full(&listed).unwrap();
