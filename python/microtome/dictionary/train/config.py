@@ -122,12 +122,17 @@ class TrainConfig:
         check_flags(self, ["normalize"])
         if self.steps is not None and self.tokens is not None:
             raise ShapeError(f"steps: expected steps or tokens, found both ({self.steps} and {self.tokens})")
-        if self.d_sae is not None and self.activation in ("topk", "batch_topk") and self.k > self.d_sae:
-            raise ShapeError(f"k: expected at most d_sae = {self.d_sae}, found {self.k}")
+        if self.d_sae is not None:
+            self.check_k(self.d_sae)
         if self.loss_where is not None and not isinstance(self.loss_where, pl.Expr):
             raise DtypeError(
                 f"loss_where: expected a polars expression, found {type(self.loss_where).__name__}"
             )
+
+    def check_k(self, d_sae: int) -> None:
+        """Refuse a Top-K of more features than there are."""
+        if self.activation in ("topk", "batch_topk") and self.k > d_sae:
+            raise ShapeError(f"k: expected at most d_sae = {d_sae}, found {self.k}")
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A configuration with some fields changed."""

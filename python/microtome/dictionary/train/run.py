@@ -22,7 +22,7 @@ from microtome.dictionary.train.config import TrainConfig
 from microtome.dictionary.train.data import BatchReader, RowSource, Shuffle
 from microtome.dictionary.train.objective import decoder_norms, objective
 from microtome.dictionary.train.start import Start, start
-from microtome.errors import NonFiniteError, ShapeError
+from microtome.errors import NonFiniteError
 from microtome.progress import bar
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def train_rows(
     if base is not None:
         check_hook(acts, base.recipe, "base")
     source = RowSource(acts, config.loss_where)
-    _check_k(config, base.d_sae if base is not None else config.features(source.d))
+    config.check_k(base.d_sae if base is not None else config.features(source.d))
     training, held_out = source.split(config.eval_fraction, config.seed)
     total = config.total_steps(len(training))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -131,11 +131,6 @@ def train_rows(
         run.restore(folder, facts)
     order = Shuffle(training, config.seed, config.shuffle_block_rows, config.shuffle_pool_rows)
     return _loop(run, source, order, folder, facts, on_step, progress)
-
-
-def _check_k(config: TrainConfig, d_sae: int) -> None:
-    if config.activation in ("topk", "batch_topk") and config.k > d_sae:
-        raise ShapeError(f"k: expected at most d_sae = {d_sae}, found {config.k}")
 
 
 def _loop(
