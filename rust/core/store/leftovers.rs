@@ -7,8 +7,11 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::store::manifest::{MANIFEST, step_name};
-use crate::store::writer::{CODES, LOCK};
 
+/// File that the writer locks.
+pub const LOCK: &str = "LOCK";
+/// Folder of the stores of sparse codes that belong to a store.
+const CODES: &str = "codes";
 /// What marks a file or folder in flight; the writer's process number follows.
 pub const IN_FLIGHT: &str = ".tmp-";
 

@@ -12,15 +12,10 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::store::finite::refuse_nonfinite;
 use crate::store::fs::{Fs, Lock, durable_rename, failpoint, io_error, retry, write_all_at};
-use crate::store::leftovers::{IN_FLIGHT, is_leftover, refuse_foreign, refuse_unnamed_steps};
+use crate::store::leftovers::{IN_FLIGHT, LOCK, is_leftover, refuse_foreign, refuse_unnamed_steps};
 use crate::store::manifest::{MANIFEST, Manifest, SAMPLES, SealedFile, Step, Table, step_name};
 use crate::store::open_shard::OpenShard;
 use crate::store::same_run::same_run;
-
-/// File that the writer locks.
-pub const LOCK: &str = "LOCK";
-/// Folder of the stores of sparse codes that belong to a store.
-pub const CODES: &str = "codes";
 
 /// What to do with NaN and infinity in activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
