@@ -17,6 +17,7 @@ import stored
 from microtome import _core
 from microtome.errors import DtypeError, NonFiniteError, ShapeError
 from microtome.metrics import TopKEncoder, features, sample_fires
+from process_memory import anonymous_bytes, needs_procfs
 
 F32 = np.float32
 RNG = np.random.default_rng(0)
@@ -121,13 +122,7 @@ def test_stored_codes_give_what_codes_in_memory_give(tmp_path, monkeypatch):
     assert sample_fires(found, acts).fires.tolist() == sample_fires(codes, acts).fires.tolist()
 
 
-def rss_anon():
-    """Bytes of memory of this process that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs procfs")
+@needs_procfs
 @pytest.mark.parametrize("backend", ["mmap", "direct"])
 def test_memory_does_not_grow_with_the_store(tmp_path, backend):
     steps, width = (20_000,) * 6, 256
@@ -143,11 +138,11 @@ def test_memory_does_not_grow_with_the_store(tmp_path, backend):
     topk, W_dec = TopKEncoder(W_enc, None, k=K), np.ascontiguousarray(W_enc.T)
     run = lambda x: mt.analyse(x, topk, W_dec=W_dec, by=pl.col("kind"), top=2)  # noqa: E731
     run(acts.take(slice(0, 10_000)))  # pools and buffers are there
-    before, peak, over = rss_anon(), [0], threading.Event()
+    before, peak, over = anonymous_bytes(), [0], threading.Event()
 
     def watch():
         while not over.wait(0.002):
-            peak[0] = max(peak[0], rss_anon())
+            peak[0] = max(peak[0], anonymous_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()

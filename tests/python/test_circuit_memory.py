@@ -26,6 +26,7 @@ import tiny_models as tm
 tm.D_MODEL, tm.N_LAYERS, tm.D_MLP = 64, int(sys.argv[2]), 1024
 import microtome as mt
 from microtome.circuits import estimate, prepare
+from process_memory import anonymous_bytes as anonymous
 
 built = tm.build("qwen2_vl")
 built.image_processor.size = {"shortest_edge": 3136, "longest_edge": 10**8}
@@ -34,10 +35,6 @@ model = built.model.eval()
 def pairs_at(side):
     sides = [built.batch((6,), True, seed=i, size=(side, side)) for i in range(2)]
     return prepare(model, None, [{"clean": sides[0], "corrupted": sides[1], "answer": 20, "corrupted_answer": 40}])
-
-def anonymous():
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 pairs, found = pairs_at(int(sys.argv[3])), []
 arguments = {"steps": 2, "batch_size": 1}

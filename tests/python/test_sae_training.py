@@ -21,6 +21,7 @@ from microtome.dictionary.train.data import BatchReader, RowSource, Shuffle  # n
 from microtome.dictionary.train.sparse import topk_autoencode  # noqa: E402
 from microtome.dictionary.train.start import geometric_median  # noqa: E402
 from microtome.errors import CheckpointError, DtypeError, HookError, NonFiniteError, ShapeError  # noqa: E402
+from process_memory import anonymous_bytes, needs_procfs  # noqa: E402
 
 D, PLANTED = 16, 24
 HOOK = "blocks.1.hook_resid_post"
@@ -412,13 +413,7 @@ def test_base_of_another_hook_is_refused_with_both_sides(tmp_path):
         train_sae(acts, config(steps=2), base=other)
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process that no file stands behind."""
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))  # noqa: SIM115, PTH123
-    return int(line.split()[1]) * 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@needs_procfs
 def test_memory_of_training_does_not_grow_with_the_store(tmp_path):
     used, d = {}, 384
     for n in (4_000, 20_000, 200_000):  # the first run warms the allocator up
