@@ -271,7 +271,7 @@ def test_dictionary_learning_backup_is_unwrapped_and_scaled(tmp_path):
 
 def test_llama_scope_without_norms_or_scale_has_another_l0():
     sae = mt.SAE.load_from_disk(GOLDEN / "llama_scope" / "jumprelu")
-    x = torch.randn(200, 8)
+    x = torch.randn(2000, 8)
     l0 = sae.quality(x)["l0"]
     for change in ({"norm_aware": False}, {"input_scale": 1.0}):
         assert abs(sae.with_tensors(sae.tensors, sae.recipe.replace(**change)).quality(x)["l0"] - l0) > 0.2
