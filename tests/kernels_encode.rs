@@ -132,6 +132,36 @@ fn many_features_pass_through_all_ranges() {
 }
 
 #[test]
+fn a_sample_that_misleads_costs_a_second_screen_and_no_member() {
+    // In every eighth panel, of which the sample is made, lie features that suit all rows: fewer than are wanted.
+    let (d, f, k, n) = (64, 8192, 32, 100);
+    let (mut w, mut x) = (noise(f * d, 41), noise(n * d, 42));
+    x.chunks_mut(d).for_each(|x| x[0] = 3.0);
+    w.chunks_mut(d).enumerate().filter(|(j, _)| j % 512 == 7).for_each(|(_, w)| w[0] = 9.0);
+    let wanted = Wanted::Best { k, positive: true };
+    let expected: Vec<_> = x.chunks(d).map(|row| best(row, &w, k, true)).collect();
+    for plan in Plan::every(d, Certificate::Deterministic, None) {
+        let (dictionary, mut space) = (dictionary(&plan, &w), Space::default());
+        assert_members_in(&mut space, &dictionary, &x, wanted, &expected);
+        let misjudged = space.effort.misjudged;
+        assert!(misjudged > 50, "{misjudged} of {n} rows misjudged by {:?}", plan.screen());
+        assert_members_in(&mut space, &dictionary, &x, wanted, &expected);
+        assert_eq!(space.effort.misjudged, misjudged, "who is wrong too often guesses no more");
+    }
+}
+
+#[test]
+fn guesses_are_seldom_wrong() {
+    let (d, f, k, n) = (48, 8192, 32, 600);
+    let (x, w) = (noise(n * d, 43), noise(f * d, 44));
+    for plan in Plan::every(d, Certificate::Deterministic, None) {
+        let mut space = Space::default();
+        dictionary(&plan, &w).select(&x, Wanted::Best { k, positive: true }, &mut space);
+        assert!(space.effort.misjudged < n as u64 / 50, "{} by {:?}", space.effort.misjudged, plan.screen());
+    }
+}
+
+#[test]
 fn wide_rows_stay_exact() {
     let (d, f) = (1024, 3000);
     let mut x = noise(20 * d, 15);

@@ -80,8 +80,8 @@ def remarks(report: EncodeReport) -> str:
     whole = sum(report.seconds.values())
     shares = ", ".join(f"{phase} {spent / whole:.0%}" for phase, spent in report.seconds.items())
     return (
-        f"{report.screen}; {report.candidates_per_k:.2f} candidates per k, {report.escape_rate:.2%} of rows "
-        f"escaped; {shares}"
+        f"{report.screen}; {report.candidates_per_k:.2f} candidates per k, {report.misjudged_rate:.2%} of rows "
+        f"misjudged, {report.escape_rate:.2%} escaped; {shares}"
     )
 
 

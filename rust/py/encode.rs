@@ -16,7 +16,7 @@ use crate::error::shape_error;
 use crate::run::{Task, run};
 
 /// Codes as arrays, counts of the selection, and seconds of its phases.
-type Encoded<'py> = (Bound<'py, PyTuple>, (u64, u64, u64), (f64, f64, f64));
+type Encoded<'py> = (Bound<'py, PyTuple>, (u64, u64, u64, u64), (f64, f64, f64));
 
 /// Packed weights and what of the pre-activations fires.
 #[pyclass(frozen, module = "microtome._core")]
@@ -79,7 +79,7 @@ impl Encoder {
         (plan.isa().path().name(), screen)
     }
 
-    /// `(indices, values)` for Top-K, else `(indptr, indices, values)`; then `(rows, scored pairs, escaped rows)` and the
+    /// `(indices, values)` for Top-K, else `(indptr, indices, values)`; then `(rows, scored pairs, misjudged rows, escaped rows)` and the
     /// seconds of `(rounding, screening, scoring)`.
     fn encode<'py>(
         &self,
@@ -107,7 +107,7 @@ impl Encoder {
         };
         let [rounding, screening, scoring] =
             [effort.rounding, effort.screening, effort.scoring].map(|phase| phase.as_secs_f64());
-        Ok((arrays, (effort.rows, effort.scored, effort.escaped), (rounding, screening, scoring)))
+        Ok((arrays, (effort.rows, effort.scored, effort.misjudged, effort.escaped), (rounding, screening, scoring)))
     }
 }
 

@@ -103,6 +103,21 @@ def test_outliers_zeros_and_huge_rows_stay_exact(certificate):
     assert min(encoder.last_report.seconds.values()) > 0
 
 
+def test_a_report_says_how_many_rows_were_screened_twice():
+    """Features that suit every row, fewer than are wanted, in the panels that thresholds are guessed from: the guess is too high."""
+    x, W, _, _ = data(50, 64, 8192)
+    x[:, 0] = 3
+    encoder = mt.TopKEncoder(W, k=32)
+    encoder(x)
+    assert encoder.last_report.misjudged_rate < 0.1
+    W[0, 7::512] = 9
+    encoder = mt.TopKEncoder(W, k=32)
+    np.testing.assert_allclose(
+        encoder(x).to_dense(), top_k(pre_activations(x, W), 32).astype(np.float32), rtol=1e-6
+    )
+    assert encoder.last_report.misjudged_rate > 0.5
+
+
 def test_a_dictionary_of_copies_defeats_the_screen_but_not_the_result():
     x, W, _, _ = data(5, 64, 1)
     x[:, 0] += np.sign(W[0]) * 50

@@ -37,6 +37,8 @@ class EncodeReport:
     """Pairs of row and feature that the screen could not rule out and that were scored in float64."""
     candidates_per_k: float
     """Candidates per row and member wanted; NaN where ``k`` is not fixed."""
+    misjudged_rate: float
+    """Share of rows that were screened twice, because a threshold guessed from a sample of the features was too high."""
     escape_rate: float
     """Share of rows that defeated the screen and took the float32 path."""
     isa: str
@@ -142,12 +144,13 @@ class TopKEncoder:
         """
         source = tensors.core_source(x, "x")
         with bar("encode", len(tensors.memory(source)), progress) as done:
-            arrays, (rows, scored, escaped), phases = self._encoder.encode(source, done)
+            arrays, (rows, scored, misjudged, escaped), phases = self._encoder.encode(source, done)
         isa, screen = self._encoder.path
         self.last_report = EncodeReport(
             rows=rows,
             candidates=scored,
             candidates_per_k=scored / (rows * self.k) if self.k and rows else float("nan"),
+            misjudged_rate=misjudged / rows if rows else 0.0,
             escape_rate=escaped / rows if rows else 0.0,
             isa=isa,
             screen=screen,

@@ -44,6 +44,7 @@ pub mod dot;
 #[cfg(test)]
 mod exact;
 pub mod features;
+mod guess;
 mod hits;
 mod narrow;
 #[cfg(target_arch = "aarch64")]

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::dot::{Group, dots_of};
+use super::guess::{Record, safe_rank, sample_size};
 use super::pairs::Pairs;
 use super::quantize::up;
 use super::select::{Dictionary, Effort, Wanted, Watch, finish};
@@ -15,6 +16,8 @@ use crate::kernels::topk::{Scored, keep_best};
 
 /// Features of the first range; each further one ends four times as far.
 const FIRST_RANGE: usize = 512;
+/// Features of the first range where a sample is enough.
+const FIRST_SAMPLE: usize = 128;
 /// Space of a row, in candidates per member wanted.
 const SPACE_PER_MEMBER: usize = 16;
 /// Smallest space of a row.
@@ -24,6 +27,26 @@ const WAITING_PER_MEMBER: usize = 6;
 /// Scores per member that a row collects before it keeps the best.
 const SCORES_PER_MEMBER: usize = 4;
 
+/// How rows are screened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Attempt {
+    /// In the plan's arithmetic, against thresholds guessed from a sample.
+    Guessing,
+    /// In the plan's arithmetic, against thresholds that bounds and scores prove.
+    Proving,
+    /// In f32.
+    Floats,
+}
+
+/// Rows that a pass could not decide.
+#[derive(Debug, Default)]
+pub(super) struct Undecided {
+    /// Those whose threshold was guessed too high.
+    pub(super) misjudged: Vec<usize>,
+    /// Those that defeated the screen.
+    pub(super) escaped: Vec<usize>,
+}
+
 /// Memory of one pass.
 #[derive(Debug, Default)]
 pub(super) struct Bench {
@@ -31,9 +54,20 @@ pub(super) struct Bench {
     /// Candidates of each row, at most `room`.
     candidates: Vec<Waiting>,
     escaped: Vec<bool>,
+    /// The highest guess of each row's threshold.
+    guessed: Vec<f32>,
+    record: Record,
     pairs: Pairs,
     /// Features on their way from candidates to pairs.
     taken: Vec<u32>,
+}
+
+/// What is wanted, and what there is to find it with.
+#[derive(Debug)]
+pub(super) struct Means<'a> {
+    pub(super) wanted: Wanted,
+    pub(super) bench: &'a mut Bench,
+    pub(super) effort: &'a mut Effort,
 }
 
 /// One screen over all features for one block of rows.
@@ -41,7 +75,7 @@ struct Pass<'a> {
     dictionary: &'a Dictionary,
     x: &'a [f32],
     wanted: Wanted,
-    floats: bool,
+    attempt: Attempt,
     room: usize,
     bench: &'a mut Bench,
     found: &'a mut [Vec<Scored>],
@@ -49,30 +83,34 @@ struct Pass<'a> {
 }
 
 impl Dictionary {
-    /// One screen; returns the rows that defeated it.
+    /// One screen; returns the rows that it leaves undecided.
     pub(super) fn pass(
         &self,
         x: &[f32],
-        wanted: Wanted,
-        floats: bool,
-        bench: &mut Bench,
+        attempt: Attempt,
+        means: &mut Means<'_>,
         found: &mut [Vec<Scored>],
-        effort: &mut Effort,
-    ) -> Vec<usize> {
-        let mut watch = Watch::start();
-        let n = x.len() / self.plan.d();
+    ) -> Undecided {
+        let Means { wanted, bench, effort } = means;
+        let (wanted, mut watch, n) = (*wanted, Watch::start(), x.len() / self.plan.d());
         let wished = if let Wanted::Best { k, .. } = wanted { k * SPACE_PER_MEMBER } else { 0 };
         let room = wished.max(SMALLEST_SPACE).min(self.n_features) + COLS;
         bench.escaped.clear();
         bench.escaped.resize(n, false);
+        bench.guessed.clear();
+        bench.guessed.resize(n, f32::NEG_INFINITY);
         bench.candidates.resize_with(n.max(bench.candidates.len()), Waiting::default);
         bench.candidates.iter_mut().for_each(Waiting::clear);
+        let floats = attempt == Attempt::Floats;
         for i in self.plan.strips(x, self.largest_norm, floats, &mut bench.strips) {
             bench.escaped[i] = true;
         }
         watch.lap(&mut effort.rounding);
-        Pass { dictionary: self, x, wanted, floats, room, bench, found, effort }.run(watch);
-        (0..n).filter(|&i| bench.escaped[i]).collect()
+        let guesses = attempt == Attempt::Guessing && bench.record.is_good();
+        let attempt = if attempt == Attempt::Guessing && !guesses { Attempt::Proving } else { attempt };
+        let mut pass = Pass { dictionary: self, x, wanted, attempt, room, bench, found, effort };
+        pass.run(watch);
+        pass.undecided()
     }
 }
 
@@ -89,13 +127,10 @@ impl Pass<'_> {
             watch.lap(&mut self.effort.screening);
             if let Wanted::Best { k, .. } = self.wanted {
                 let last = i + 1 == ranges.len();
-                for row in 0..self.found.len() {
-                    if last || !self.raise_bar_by_bounds(row, k) {
-                        self.list(row, self.bench.candidates[row].threshold(self.isa(), k));
-                    }
+                match self.rank_in_sample(k, range.end) {
+                    Some(rank) if !last => (0..self.found.len()).for_each(|row| self.guess_bar(row, rank)),
+                    _ => self.raise_bars(k, last),
                 }
-                self.score_listed();
-                (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
                 watch.lap(&mut self.effort.scoring);
             }
         }
@@ -107,31 +142,68 @@ impl Pass<'_> {
         watch.lap(&mut self.effort.scoring);
     }
 
-    /// Ranges of panels between which thresholds are raised.
+    /// Raises the threshold of every row by what is certain; after the last range always to a real score.
+    fn raise_bars(&mut self, k: usize, last: bool) {
+        for row in 0..self.found.len() {
+            if last || !self.raise_bar_by_bounds(row, k) {
+                self.list(row, self.bench.candidates[row].threshold(self.isa(), k));
+            }
+        }
+        self.score_listed();
+        (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
+    }
+
+    /// The rows whose members this pass did not find.
+    fn undecided(self) -> Undecided {
+        let Bench { escaped, guessed, record, .. } = self.bench;
+        let mut undecided = Undecided::default();
+        for (row, found) in self.found.iter().enumerate() {
+            if escaped[row] {
+                undecided.escaped.push(row);
+            } else if let Wanted::Best { k, .. } = self.wanted
+                && guessed[row] > f32::NEG_INFINITY
+                && found.get(k - 1).is_none_or(|last| self.dictionary.bar(last.rank) < guessed[row])
+            {
+                undecided.misjudged.push(row);
+            }
+        }
+        if self.attempt == Attempt::Guessing {
+            record.add(self.found.len(), undecided.misjudged.len());
+        }
+        undecided
+    }
+
+    /// The rank to guess thresholds from after so many panels, where that is asked for and tells more than the `k` best of them.
+    fn rank_in_sample(&self, k: usize, panels: usize) -> Option<usize> {
+        let rank = safe_rank(k, panels * COLS, self.dictionary.n_features);
+        (self.attempt == Attempt::Guessing && rank < k).then_some(rank)
+    }
+
+    /// Ranges of panels, by their place in the order, between which thresholds are raised.
     fn ranges(&self) -> Vec<Range<usize>> {
         let n = self.dictionary.panels.len();
         let Wanted::Best { k, .. } = self.wanted else { return std::iter::once(0..n).collect() };
-        let mut ends = vec![0];
-        let mut end = FIRST_RANGE.max(4 * k) / COLS;
-        while end < n {
-            ends.push(end);
-            end *= 4;
-        }
-        ends.push(n);
+        let sample = sample_size(n);
+        let guesses = self.rank_in_sample(k, sample).is_some();
+        let (first, end) = if guesses { (FIRST_SAMPLE, sample) } else { (FIRST_RANGE.max(4 * k), n) };
+        let ends = std::iter::successors(Some(first / COLS), |end| Some(4 * end)).take_while(|&e| e < end);
+        let mut ends: Vec<usize> = std::iter::once(0).chain(ends).chain([end, n]).collect();
+        ends.dedup();
         ends.windows(2).map(|w| w[0]..w[1]).collect()
     }
 
     fn sweep(&mut self, range: Range<usize>) {
         let plan = &self.dictionary.plan;
+        let floats = self.floats();
         // Panels that stay in the second-level cache while the strips pass.
-        let group = (second_level_bytes() / 2 / plan.panel_bytes(self.floats)).max(1);
-        let mut tiles = plan.tiles(self.floats);
+        let group = (second_level_bytes() / 2 / plan.panel_bytes(floats)).max(1);
+        let mut tiles = plan.tiles(floats);
         let abreast = tiles.of_strips.len();
         for start in range.clone().step_by(group) {
             for s in (0..self.bench.strips.lines.len()).step_by(abreast) {
-                for p in start..range.end.min(start + group) {
+                for &p in &self.dictionary.order[start..range.end.min(start + group)] {
                     let panel = &self.dictionary.panels[p];
-                    plan.screen_strips(self.x, &self.bench.strips, s, panel, self.floats, &mut tiles);
+                    plan.screen_strips(self.x, &self.bench.strips, s, panel, floats, &mut tiles);
                     for (tile, s) in tiles.of_strips.iter().zip(s..) {
                         self.harvest(s, p, tile);
                     }
@@ -159,7 +231,7 @@ impl Pass<'_> {
             }
             let candidates = &mut self.bench.candidates[row];
             candidates.push_hits(isa, &tile.upper[r], tile.hits[r] & valid, (p * COLS) as u32);
-            if candidates.len() + COLS > self.room && p + 1 < self.dictionary.panels.len() {
+            if candidates.len() + COLS > self.room {
                 self.relieve(row);
             }
         }
@@ -185,15 +257,37 @@ impl Pass<'_> {
         if candidates.len() < k || !self.found[row].is_empty() {
             return false;
         }
-        let line = &self.bench.strips.lines[row / ROWS];
-        let gap =
-            self.dictionary.largest_slack.gap(line.slack[row % ROWS], line.norm[row % ROWS], self.floats);
-        let bar = self.dictionary.bar(f64::from(candidates.threshold(self.isa(), k)) - gap);
+        let bar = self.dictionary.bar(f64::from(candidates.threshold(self.isa(), k)) - self.gap(row));
         if candidates.reaching(self.isa(), bar) > WAITING_PER_MEMBER * k {
             return false;
         }
         self.drop_below(row, bar);
         true
+    }
+
+    /// Raises the threshold of a row to what a score of this rank in the sample most likely is.
+    fn guess_bar(&mut self, row: usize, rank: usize) {
+        let candidates = &self.bench.candidates[row];
+        if candidates.len() < rank || self.bench.escaped[row] {
+            return;
+        }
+        // A score lies in the middle of its bounds, give or take a little.
+        let score = f64::from(candidates.threshold(self.isa(), rank)) - self.gap(row) / 2.0;
+        let bar = self.dictionary.bar(score);
+        if bar > self.bench.strips.bar(row) {
+            self.bench.guessed[row] = bar;
+            self.drop_below(row, bar);
+        }
+    }
+
+    /// How far upper bounds of a row can lie above its scores.
+    fn gap(&self, row: usize) -> f64 {
+        let line = &self.bench.strips.lines[row / ROWS];
+        self.dictionary.largest_slack.gap(line.slack[row % ROWS], line.norm[row % ROWS], self.floats())
+    }
+
+    fn floats(&self) -> bool {
+        self.attempt == Attempt::Floats
     }
 
     /// Moves the candidates of a row that reach `bar` to the pairs to be scored.

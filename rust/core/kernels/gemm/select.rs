@@ -3,19 +3,21 @@
 //! For a block of rows, over growing ranges of features:
 //!
 //! 1. screen the range: keep candidates whose upper bound reaches the row's threshold;
-//! 2. raise the threshold: to the k-th largest lower bound where few candidates remain above it, else to the k-th best
-//!    real score, for which the `k` most promising candidates are scored in f64;
+//! 2. raise the threshold: while the ranges are a sample, to a [`guess`](super::guess);
 //! 3. drop the candidates whose bound no longer reaches it.
 //!
 //! After the last range the candidates that are left are scored, the `k` most promising ones first. Scoring goes feature by
-//! feature, so that each feature is read once per block. A row that fills its space although its threshold was raised has
-//! defeated the screen; it is screened again in f32, and in the last resort scored against every feature.
+//! feature, so that each feature is read once per block. A row whose guess was too high is screened again without one: its
+//! threshold is raised to the k-th largest lower bound where few candidates remain above it, else to the k-th best real
+//! score, for which the `k` most promising candidates are scored in f64. A row that fills its space although its threshold was
+//! raised has defeated the screen; it is screened again in f32, and in the last resort scored against every feature.
 
 use std::time::{Duration, Instant};
 
 use super::dot::dot;
 use super::features::{Panel, Slack};
-use super::pass::Bench;
+use super::guess::sample_first;
+use super::pass::{Attempt, Bench, Means, Undecided};
 use super::plan::Plan;
 use super::quantize::down;
 use super::tile::COLS;
@@ -30,6 +32,8 @@ const UNDERFLOW: f64 = 1e-32;
 pub struct Dictionary {
     pub(super) plan: Plan,
     pub(super) panels: Vec<Panel>,
+    /// Panels in the order in which they are visited.
+    pub(super) order: Vec<usize>,
     pub(super) n_features: usize,
     pub(super) largest_norm: f64,
     pub(super) largest_slack: Slack,
@@ -59,6 +63,8 @@ pub struct Effort {
     pub rows: u64,
     /// Pairs of row and feature scored in f64.
     pub scored: u64,
+    /// Rows that were screened again because their threshold was guessed too high.
+    pub misjudged: u64,
     /// Rows that took the f32 screen after another one had failed.
     pub escaped: u64,
     /// Rounding of rows.
@@ -74,6 +80,7 @@ impl Effort {
     pub fn add(&mut self, other: Self) {
         self.rows += other.rows;
         self.scored += other.scored;
+        self.misjudged += other.misjudged;
         self.escaped += other.escaped;
         self.rounding += other.rounding;
         self.screening += other.screening;
@@ -118,7 +125,8 @@ impl Dictionary {
         let largest_norm = panels.iter().map(|p| p.largest_norm).fold(0.0, f64::max);
         let largest_slack = panels.iter().map(Panel::largest_slack).fold(Slack::default(), Slack::or_larger);
         let weight = panels.iter().flat_map(|p| p.weight).fold(1.0, f64::max);
-        Self { plan, panels, n_features, largest_norm, largest_slack, underflow: UNDERFLOW * weight }
+        let order = sample_first(panels.len());
+        Self { plan, panels, order, n_features, largest_norm, largest_slack, underflow: UNDERFLOW * weight }
     }
 
     /// How features and rows are rounded.
@@ -142,25 +150,42 @@ impl Dictionary {
         let d = self.plan.d();
         let Space { found, bench, effort } = space;
         reset(found, x.len() / d);
-        let again = self.pass(x, wanted, false, bench, found, effort);
         effort.rows += (x.len() / d) as u64;
-        effort.escaped += again.len() as u64;
-        if again.is_empty() {
-            return;
-        }
-        let rows: Vec<f32> = again.iter().flat_map(|&i| &x[i * d..(i + 1) * d]).copied().collect();
-        let mut results = Vec::new();
-        reset(&mut results, again.len());
-        let last = self.pass(&rows, wanted, true, bench, &mut results, effort);
+        let mut means = Means { wanted, bench, effort };
+        let Undecided { misjudged, mut escaped } = self.pass(x, Attempt::Guessing, &mut means, found);
+        means.effort.misjudged += misjudged.len() as u64;
+        escaped.extend(self.pass_again(x, &misjudged, Attempt::Proving, &mut means, found));
+        means.effort.escaped += escaped.len() as u64;
+        let last = self.pass_again(x, &escaped, Attempt::Floats, &mut means, found);
         effort.scored += (last.len() * self.n_features) as u64;
         let mut watch = Watch::start();
         for i in last {
-            self.score_all(&rows[i * d..(i + 1) * d], wanted, &mut results[i]);
+            self.score_all(&x[i * d..(i + 1) * d], wanted, &mut found[i]);
         }
         watch.lap(&mut effort.scoring);
-        for (i, result) in again.into_iter().zip(results) {
+    }
+
+    /// Another pass over some of the rows of `x`; returns those that defeat it.
+    fn pass_again(
+        &self,
+        x: &[f32],
+        rows: &[usize],
+        attempt: Attempt,
+        means: &mut Means<'_>,
+        found: &mut [Vec<Scored>],
+    ) -> Vec<usize> {
+        if rows.is_empty() {
+            return Vec::new();
+        }
+        let d = self.plan.d();
+        let x: Vec<f32> = rows.iter().flat_map(|&i| &x[i * d..(i + 1) * d]).copied().collect();
+        let mut results = Vec::new();
+        reset(&mut results, rows.len());
+        let Undecided { escaped, .. } = self.pass(&x, attempt, means, &mut results);
+        for (&i, result) in rows.iter().zip(results) {
             found[i] = result;
         }
+        escaped.into_iter().map(|i| rows[i]).collect()
     }
 
     /// Scores every feature for one row.
