@@ -4,13 +4,11 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::hint::black_box;
-use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use microtome_core::kernels::gemm::{Certificate, Dictionary, Plan, Space, Terms, Wanted};
 use microtome_core::kernels::isa::Isa;
 use microtome_core::metrics::decode::{CsrCodes, decode_rows};
-use microtome_core::scan::{Context, map_ordered};
 use microtome_core::{Data, Rows};
 
 const ROWS: usize = 120;
@@ -31,12 +29,7 @@ fn noise(n: usize, seed: u64) -> Vec<f32> {
 
 fn dictionary(isa: Isa, w: &[f32], d: usize, certificate: Certificate) -> Dictionary {
     let plan = Plan::with_isa(isa, d, certificate, None);
-    let (cancel, done) = (AtomicBool::new(false), AtomicU64::new(0));
-    let context = Context { cancel: &cancel, done: &done, memory_budget: 1 << 30 };
-    let chunks: Vec<_> = w.chunks(32 * d).enumerate().collect();
-    let panels =
-        map_ordered(&chunks, &context, |(p, rows)| Ok(plan.panel(*p, rows.to_vec(), &Terms::default())));
-    Dictionary::new(plan.clone(), panels.expect("nothing cancels"))
+    Dictionary::of(&plan, w, |_| Terms::default()).expect("some mebibytes")
 }
 
 fn encode(c: &mut Criterion) {

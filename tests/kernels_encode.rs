@@ -31,9 +31,7 @@ fn best(x: &[f32], features: &[f32], k: usize, positive: bool) -> Vec<u32> {
 
 /// The features, with the terms of each panel.
 fn dictionary_with(plan: &Plan, features: &[f32], terms: impl Fn(usize) -> Terms) -> Dictionary {
-    let panels = features.chunks(32 * plan.d()).enumerate();
-    let panels = panels.map(|(p, rows)| plan.panel(p, rows.to_vec(), &terms(p)));
-    Dictionary::new(plan.clone(), panels.collect())
+    Dictionary::of(plan, features, terms).unwrap()
 }
 
 fn dictionary(plan: &Plan, features: &[f32]) -> Dictionary {
@@ -253,7 +251,7 @@ fn a_row_of_zeros_fires_where_its_biases_are_the_least_that_f32_holds() {
     let (d, least) = (8, f64::from(f32::from_bits(1)));
     for plan in Plan::every(d, Certificate::Deterministic, None) {
         let terms = Terms { bias: [least; 32], weight: [0.5; 32], ..Terms::default() };
-        let dictionary = Dictionary::new(plan.clone(), vec![plan.panel(0, noise(32 * d, 21), &terms)]);
+        let dictionary = dictionary_with(&plan, &noise(32 * d, 21), |_| terms.clone());
         let mut space = Space::default();
         for wanted in [Wanted::Best { k: 40, positive: true }, Wanted::Above] {
             dictionary.select(&vec![0.0; d], wanted, &mut space);
@@ -330,7 +328,7 @@ fn thresholds_are_of_pre_activations_whatever_the_weights() {
     for plan in Plan::every(d, Certificate::Deterministic, None) {
         let terms = Terms { threshold: [1.0; 32], weight: [0.25; 32], ..Terms::default() };
         let w: Vec<f32> = (0..32 * d).map(|i| if i % d == 0 { 1.0 } else { 0.0 }).collect();
-        let dictionary = Dictionary::new(plan.clone(), vec![plan.panel(0, w, &terms)]);
+        let dictionary = dictionary_with(&plan, &w, |_| terms.clone());
         let (mut space, mut x) = (Space::default(), vec![0.0; 2 * d]);
         (x[0], x[d]) = (1.5, 0.5);
         dictionary.select(&x, Wanted::Above, &mut space);

@@ -66,7 +66,18 @@ pub struct Aligned<T> {
 impl<T: Zeroable> Aligned<T> {
     /// `len` of them.
     pub fn zeros(len: usize) -> Self {
-        let values = zeros::<T>(len + LINE / size_of::<T>());
+        Self::begin(zeros(len + LINE / size_of::<T>()), len)
+    }
+
+    /// As [`try_zeros`].
+    ///
+    /// # Errors
+    /// As [`try_zeros`].
+    pub fn try_zeros(len: usize, what: &str, hint: &str) -> Result<Self> {
+        Ok(Self::begin(try_zeros(len.saturating_add(LINE / size_of::<T>()), what, hint)?, len))
+    }
+
+    fn begin(values: Vec<T>, len: usize) -> Self {
         // The offset of memory that cannot be aligned is out of range; then alignment is given up.
         let start = values.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
         Self { values, start, len }

@@ -6,6 +6,7 @@
 
 mod ahead;
 pub mod encode;
+pub mod pack;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -107,7 +107,11 @@ impl Encoder {
         };
         let [rounding, screening, scoring] =
             [effort.rounding, effort.screening, effort.scoring].map(|phase| phase.as_secs_f64());
-        Ok((arrays, (effort.rows, effort.scored, effort.misjudged, effort.escaped), (rounding, screening, scoring)))
+        Ok((
+            arrays,
+            (effort.rows, effort.scored, effort.misjudged, effort.escaped),
+            (rounding, screening, scoring),
+        ))
     }
 }
 

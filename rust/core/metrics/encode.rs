@@ -12,7 +12,7 @@
 use crate::error::{Error, Result};
 use crate::kernels::gemm::dot::dot;
 use crate::kernels::gemm::tile::COLS;
-use crate::kernels::gemm::{Certificate, Dictionary, Panel, Plan, Scored, Space, Terms, Wanted};
+use crate::kernels::gemm::{Certificate, Dictionary, Plan, Scored, Space, Terms, Wanted};
 use crate::kernels::isa::Isa;
 use crate::rows::{Data, Rows};
 
@@ -107,20 +107,19 @@ impl<'a> Packing<'a> {
         Ok(Self { weights, activation, plan })
     }
 
-    /// Number of panels to pack.
-    pub fn n_panels(&self) -> usize {
-        self.weights.w_enc.d().div_ceil(COLS)
+    /// How features and rows are rounded, and how many features there are.
+    pub fn shape(&self) -> (&Plan, usize) {
+        (&self.plan, self.weights.w_enc.d())
     }
 
-    /// Packs panel `p`.
+    /// Writes the features of panel `p`, row-major; returns what belongs to them.
     ///
     /// # Errors
     /// [`Error::NonFinite`] when a weight is NaN or infinite.
-    pub fn panel(&self, p: usize) -> Result<Panel> {
+    pub fn fill(&self, p: usize, rows: &mut [f32]) -> Result<Terms> {
         let (d_in, d_sae) = (self.weights.w_enc.n(), self.weights.w_enc.d());
         let columns = p * COLS..d_sae.min((p + 1) * COLS);
         let width = columns.len();
-        let mut rows = vec![0.0; width * d_in];
         let mut line = [0.0; COLS];
         for i in 0..d_in {
             let start = i * d_sae;
@@ -141,12 +140,12 @@ impl<'a> Packing<'a> {
             terms.weight[c] = self.weights.norms.map_or(1.0, |n| f64::from(n[j]));
             terms.threshold[c] = thresholds.map_or(0.0, |t| f64::from(t[j]).max(0.0));
         }
-        Ok(self.plan.panel(p, rows, &terms))
+        Ok(terms)
     }
 
-    /// The encoder of all panels, in order.
-    pub fn finish(self, panels: Vec<Panel>) -> Encoder {
-        Encoder { dictionary: Dictionary::new(self.plan, panels), activation: self.activation }
+    /// The encoder of the packed features.
+    pub fn finish(self, dictionary: Dictionary) -> Encoder {
+        Encoder { dictionary, activation: self.activation }
     }
 }
 

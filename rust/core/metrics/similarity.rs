@@ -18,6 +18,7 @@ use crate::kernels::gemm::{Certificate, Dictionary, Plan, Terms};
 use crate::kernels::isa::Isa;
 use crate::kernels::topk::Scored;
 use crate::rows::Rows;
+use crate::scan::pack::pack_features;
 use crate::scan::{Context, fill_pieces, grid, map_ordered};
 
 /// Rows per task where every row is one cosine.
@@ -125,11 +126,10 @@ fn pack(
     rows: &[usize],
     context: &Context<'_>,
 ) -> Result<Dictionary> {
-    let panels: Vec<(usize, &[usize])> = rows.chunks(COLS).enumerate().collect();
-    let panels = map_ordered(&panels, context, |(number, rows)| {
-        let mut values = vec![0.0; rows.len() * b.d()];
+    pack_features(plan, rows.len(), context, |p, values| {
         let mut terms = Terms::default();
-        for ((value, weight), &row) in values.chunks_mut(b.d()).zip(&mut terms.weight).zip(*rows) {
+        for ((value, weight), &row) in values.chunks_mut(b.d()).zip(&mut terms.weight).zip(&rows[p * COLS..])
+        {
             b.widen(row..row + 1, value);
             let factor = (-lengths[row].log2().floor()).max(0.0).exp2();
             for v in &mut *value {
@@ -137,9 +137,8 @@ fn pack(
             }
             *weight = 1.0 / (lengths[row] * factor);
         }
-        Ok(plan.panel(*number, values, &terms))
-    })?;
-    Ok(Dictionary::new(plan.clone(), panels))
+        Ok(terms)
+    })
 }
 
 fn zeros(lengths: &[f64]) -> Vec<usize> {

@@ -4,9 +4,8 @@
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
-use super::{
-    Buffer, Context, Source, fill_blocks, grid, locked, map_blocks, map_ordered, reduce_ordered, spread,
-};
+use super::pack::pack_features;
+use super::{Buffer, Context, Source, fill_blocks, grid, locked, map_blocks, reduce_ordered, spread};
 use crate::error::{Error, Result};
 use crate::kernels::gemm::select::Effort;
 use crate::kernels::gemm::{Certificate, Wanted};
@@ -58,9 +57,9 @@ pub fn pack(
     context: &Context<'_>,
 ) -> Result<Encoder> {
     let packing = Packing::new(weights, activation, certificate)?;
-    let numbers: Vec<usize> = (0..packing.n_panels()).collect();
-    let panels = map_ordered(&numbers, context, |&p| packing.panel(p))?;
-    Ok(packing.finish(panels))
+    let (plan, n_features) = packing.shape();
+    let dictionary = pack_features(plan, n_features, context, |p, features| packing.fill(p, features))?;
+    Ok(packing.finish(dictionary))
 }
 
 /// Encodes all rows of `source`.

@@ -1,11 +1,13 @@
 //! Bounds against real scores, pair by pair.
 
+use super::dictionary::Packed;
 use super::dot::dot;
 use super::features::Terms;
 use super::plan::{Certificate, Plan, Screen};
 use super::strips::Strips;
 use super::tile::{COLS, ROWS};
 use crate::kernels::isa::Path;
+use crate::memory::Aligned;
 
 /// A number of mean zero and spread one, and the next state: enough of a Gaussian to test bounds.
 fn normal(state: &mut u64) -> f32 {
@@ -67,13 +69,21 @@ fn terms(t: usize) -> Terms {
 /// The largest share of its own slack that a pair of the tile needed: 1 less what was left, in slacks. No pair may need more.
 fn worst_of_tile(plan: &Plan, t: usize, x: &[f32], w: &[f32]) -> f64 {
     let (d, terms) = (plan.d(), terms(t));
-    let panel = plan.panel(t, w.to_vec(), &terms);
+    let mut words = Aligned::zeros(plan.panel_words());
+    let panel = plan.panel(t, w, &mut words, &terms);
     let mut strips = Strips::default();
     assert!(plan.strips(x, panel.largest_norm, false, &mut strips).is_empty());
     let (mut tiles, mut worst) = (plan.tiles(false), 0.0_f64);
     let columns = if plan.screen() == Screen::Floats { &panel.float_columns } else { &panel.columns };
     for first in (0..strips.lines.len()).step_by(tiles.of_strips.len()) {
-        plan.screen_strips(x, &strips, first, &panel, false, &mut tiles);
+        plan.screen_strips(
+            x,
+            &strips,
+            first,
+            Packed { panel: &panel, rows: w, words: &words },
+            false,
+            &mut tiles,
+        );
         for (tile, s) in tiles.of_strips.iter().zip(first..) {
             let line = &strips.lines[s];
             for (r, x) in x.chunks(d).skip(s * ROWS).take(ROWS).enumerate() {

@@ -5,16 +5,10 @@ use super::narrow;
 use super::plan::{EPILOGUE, EPILOGUE_BIAS, Plan, SCALE_UNDERFLOW, Screen};
 use super::quantize::{Rounding, up};
 use super::tile::{COLS, Columns};
-use crate::memory::Aligned;
 
-/// Features `32 p .. 32 (p + 1)` of a dictionary.
+/// What is known of the features `32 p .. 32 (p + 1)` of a dictionary; by default of none.
 #[derive(Debug)]
-pub struct Panel {
-    /// The features as they are, row-major, without padding.
-    pub(super) rows: Vec<f32>,
-    /// The features as the screen reads them, where it does not read them as they are.
-    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
-    pub(super) words: Aligned<u32>,
+pub(super) struct Panel {
     pub(super) columns: Columns,
     /// Bits of the columns that have a feature.
     pub(super) valid: u32,
@@ -27,6 +21,20 @@ pub struct Panel {
     /// Pre-activation that a feature must exceed.
     pub(super) threshold: [f64; COLS],
     pub(super) largest_norm: f64,
+}
+
+impl Default for Panel {
+    fn default() -> Self {
+        Self {
+            columns: Columns::padding(),
+            valid: 0,
+            float_columns: Columns::padding(),
+            bias: [0.0; COLS],
+            weight: [1.0; COLS],
+            threshold: [0.0; COLS],
+            largest_norm: 0.0,
+        }
+    }
 }
 
 /// The widest a bound can be, over the features of a panel or dictionary; see [`super::tile`].
@@ -89,9 +97,8 @@ impl Default for Terms {
 }
 
 impl Plan {
-    /// Packs up to [`COLS`] features, row-major; `number` is the panel's place in the dictionary.
-    pub fn panel(&self, number: usize, rows: Vec<f32>, terms: &Terms) -> Panel {
-        let mut words = Aligned::zeros(self.panel_steps() * COLS);
+    /// Packs up to [`COLS`] features, row-major, into `words`, which are zero; `number` is the panel's place in the dictionary.
+    pub(super) fn panel(&self, number: usize, rows: &[f32], words: &mut [u32], terms: &Terms) -> Panel {
         let (mut columns, mut float_columns) = (Columns::padding(), Columns::padding());
         let (mut scratch, mut word) = (vec![0.0; self.d], vec![0; self.steps()]);
         let mut largest_norm = 0.0_f64;
@@ -102,7 +109,7 @@ impl Plan {
             let seed = (number * COLS + c) as u32 ^ 0x5bd1_e995;
             let rounding = self.round(&mut scratch, norm, seed, &mut word);
             if self.screen == Screen::NarrowBytes {
-                narrow::pack(&word, c, &mut words);
+                narrow::pack(&word, c, words);
             } else {
                 words.chunks_mut(COLS).zip(&word).for_each(|(step, &word)| step[c] = word);
             }
@@ -122,6 +129,6 @@ impl Plan {
         }
         let (bias, weight, threshold) = (terms.bias, terms.weight, terms.threshold);
         let valid = u32::MAX >> (COLS - rows.len() / self.d);
-        Panel { rows, words, columns, valid, float_columns, bias, weight, threshold, largest_norm }
+        Panel { columns, valid, float_columns, bias, weight, threshold, largest_norm }
     }
 }

@@ -12,16 +12,15 @@
 //!
 //! # Use from other kernels
 //!
-//! [`select::Dictionary`] is packed from [`Panel`]s (one per 32 features, see [`Plan::panel`]);
-//! [`select::Dictionary::select`] then finds, for each row of a block, the k best features, also of negative score:
+//! [`Dictionary`] is packed panel by panel (32 features each, see [`Blank`]), or by one thread as here;
+//! [`Dictionary::select`] then finds, for each row of a block, the k best features, also of negative score:
 //!
 //! ```
 //! use microtome_core::kernels::gemm::{Certificate, Dictionary, Plan, Space, Terms, Wanted};
 //!
 //! let features = vec![1.0_f32, 0.0, 0.0, 1.0, 0.6, 0.8]; // three of width 2
 //! let plan = Plan::new(2, Certificate::Deterministic, None)?;
-//! let panels = vec![plan.panel(0, features, &Terms::default())];
-//! let dictionary = Dictionary::new(plan, panels);
+//! let dictionary = Dictionary::of(&plan, &features, |_| Terms::default())?;
 //! let mut space = Space::default();
 //! dictionary.select(&[3.0, 4.0], Wanted::Best { k: 2, positive: false }, &mut space);
 //! let best: Vec<_> = space.found(0).iter().map(|s| (s.feature, s.rank)).collect();
@@ -40,6 +39,7 @@ mod avx2;
 mod avx512;
 #[cfg(test)]
 mod certificates;
+pub mod dictionary;
 pub mod dot;
 #[cfg(test)]
 mod exact;
@@ -60,6 +60,7 @@ pub mod strips;
 pub mod tile;
 mod waiting;
 
-pub use features::{Panel, Terms};
+pub use dictionary::{Blank, Dictionary};
+pub use features::Terms;
 pub use plan::{Certificate, Plan, Screen};
-pub use select::{Dictionary, Scored, Space, Wanted};
+pub use select::{Scored, Space, Wanted};

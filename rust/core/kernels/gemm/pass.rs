@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
+use super::dictionary::Dictionary;
 use super::dot::{Group, dots_of};
 use super::guess::{Record, safe_rank, sample_size};
 use super::pairs::Pairs;
 use super::quantize::up;
-use super::select::{Dictionary, Effort, Wanted, Watch, finish};
+use super::select::{Effort, Wanted, Watch, finish};
 use super::strips::Strips;
 use super::tile::{COLS, ROWS, Tile};
 use super::waiting::{Waiting, reaches};
@@ -202,7 +203,7 @@ impl Pass<'_> {
         for start in range.clone().step_by(group) {
             for s in (0..self.bench.strips.lines.len()).step_by(abreast) {
                 for &p in &self.dictionary.order[start..range.end.min(start + group)] {
-                    let panel = &self.dictionary.panels[p];
+                    let panel = self.dictionary.packed(p);
                     plan.screen_strips(self.x, &self.bench.strips, s, panel, floats, &mut tiles);
                     for (tile, s) in tiles.of_strips.iter().zip(s..) {
                         self.harvest(s, p, tile);

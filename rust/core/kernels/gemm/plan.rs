@@ -11,11 +11,11 @@
 //!
 //! A screen without dithering is deterministic whatever was asked for.
 
-use super::features::Panel;
+use super::dictionary::Packed;
 use super::quantize::{self, Limits, Rounding};
 use super::rotate::Rotation;
 use super::strips::{LINE, Strips, TILED_STRIPS};
-use super::tile::{COLS, Lines, ROWS, Tile};
+use super::tile::{COLS, Columns, Lines, ROWS, Tile};
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2, avx512};
 use super::{dot as dots, narrow, tile};
@@ -187,13 +187,13 @@ impl Plan {
 
     /// Bytes of a panel as a screen reads it.
     pub(super) fn panel_bytes(&self, floats: bool) -> usize {
-        let words = if self.reads_floats(floats) { self.d } else { self.panel_steps() };
-        words * COLS * 4
+        if self.reads_floats(floats) { self.d * COLS * 4 } else { self.panel_words() * 4 }
     }
 
-    /// Words of 32 bits per feature in a packed panel.
-    pub(super) fn panel_steps(&self) -> usize {
-        if self.screen == Screen::NarrowBytes { narrow::panel_steps(self.steps()) } else { self.steps() }
+    /// Words of 32 bits in a packed panel.
+    pub(super) fn panel_words(&self) -> usize {
+        let narrow = self.screen == Screen::NarrowBytes;
+        COLS * if narrow { narrow::panel_steps(self.steps()) } else { self.steps() }
     }
 
     /// What is added to every byte of a row, because the screen takes rows unsigned.
@@ -276,14 +276,14 @@ impl Plan {
         x: &[f32],
         strips: &Strips,
         s: usize,
-        panel: &Panel,
+        Packed { panel, rows: features, words }: Packed<'_>,
         floats: bool,
         tiles: &mut Tiles,
     ) {
         #[cfg(target_arch = "x86_64")]
         if let Some((registers, sums)) = &mut tiles.registers {
             let rows = strips.n_rows().saturating_sub(s * ROWS).min(TILED_STRIPS * ROWS);
-            registers.multiply(strips.words(s, TILED_STRIPS), rows, &panel.words, sums);
+            registers.multiply(strips.words(s, TILED_STRIPS), rows, words, sums);
             for (i, (tile, sums)) in tiles.of_strips.iter_mut().zip(sums.strips()).enumerate() {
                 // SAFETY: the path of tile registers stands above those of AVX-512, and asks for them; see `Path`.
                 #[allow(unsafe_code)]
@@ -296,16 +296,16 @@ impl Plan {
         let (lines, tile) = (&strips.lines[s], &mut tiles.of_strips[0]);
         if self.reads_floats(floats) {
             let rows = &x[s * ROWS * self.d..x.len().min((s + 1) * ROWS * self.d)];
-            dots::screen(self.isa, rows, &panel.rows, self.d, &mut tile.upper);
+            dots::screen(self.isa, rows, features, self.d, &mut tile.upper);
             tile::bound(self.isa, lines, &panel.float_columns, tile);
         } else {
-            self.packed_tile(strips.words(s, 1), panel, lines, tile);
+            self.packed_tile(strips.words(s, 1), words, lines, &panel.columns, tile);
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code)]
-    fn packed_tile(&self, strip: &[u32], panel: &Panel, lines: &Lines, tile: &mut Tile) {
+    fn packed_tile(&self, strip: &[u32], panel: &[u32], lines: &Lines, columns: &Columns, tile: &mut Tile) {
         let kernel = match self.screen {
             Screen::Bytes => avx512::bytes,
             Screen::NarrowBytes => avx2::narrow_bytes,
@@ -314,18 +314,18 @@ impl Plan {
             _ => avx512::brain_floats,
         };
         // SAFETY: a plan has a screen only on a path that has the instructions of its kernel; see `Screen::available`.
-        unsafe { kernel(strip, &panel.words, lines, &panel.columns, tile) }
+        unsafe { kernel(strip, panel, lines, columns, tile) }
     }
 
     #[cfg(target_arch = "aarch64")]
     #[allow(unsafe_code)]
-    fn packed_tile(&self, strip: &[u32], panel: &Panel, lines: &Lines, tile: &mut Tile) {
+    fn packed_tile(&self, strip: &[u32], panel: &[u32], lines: &Lines, columns: &Columns, tile: &mut Tile) {
         // SAFETY: as above; there is one packed screen.
-        unsafe { super::neon::bytes(strip, &panel.words, lines, &panel.columns, tile) }
+        unsafe { super::neon::bytes(strip, panel, lines, columns, tile) }
     }
 
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    fn packed_tile(&self, _: &[u32], _: &Panel, _: &Lines, _: &mut Tile) {
+    fn packed_tile(&self, _: &[u32], _: &[u32], _: &Lines, _: &Columns, _: &mut Tile) {
         unreachable!("this processor has no packed screens")
     }
 }

@@ -14,31 +14,13 @@
 
 use std::time::{Duration, Instant};
 
+use super::dictionary::Dictionary;
 use super::dot::dot;
-use super::features::{Panel, Slack};
-use super::guess::sample_first;
 use super::pass::{Attempt, Bench, Means, Undecided};
-use super::plan::Plan;
 use super::quantize::down;
 use super::tile::COLS;
 pub use crate::kernels::topk::Scored;
 use crate::kernels::topk::keep_best;
-
-/// Sums of products below the range of f32 lose at most this, per unit of the largest feature weight.
-const UNDERFLOW: f64 = 1e-32;
-
-/// A packed dictionary: features in panels, ready to be searched.
-#[derive(Debug)]
-pub struct Dictionary {
-    pub(super) plan: Plan,
-    pub(super) panels: Vec<Panel>,
-    /// Panels in the order in which they are visited.
-    pub(super) order: Vec<usize>,
-    pub(super) n_features: usize,
-    pub(super) largest_norm: f64,
-    pub(super) largest_slack: Slack,
-    underflow: f64,
-}
 
 /// Which features of a row are wanted.
 #[derive(Clone, Copy, Debug)]
@@ -119,33 +101,7 @@ impl Space {
     }
 }
 impl Dictionary {
-    /// The dictionary of `panels`, which `plan` has packed; all but the last are full.
-    pub fn new(plan: Plan, panels: Vec<Panel>) -> Self {
-        let n_features = panels.iter().map(|p| p.rows.len() / plan.d()).sum();
-        let largest_norm = panels.iter().map(|p| p.largest_norm).fold(0.0, f64::max);
-        let largest_slack = panels.iter().map(Panel::largest_slack).fold(Slack::default(), Slack::or_larger);
-        let weight = panels.iter().flat_map(|p| p.weight).fold(1.0, f64::max);
-        let order = sample_first(panels.len());
-        Self { plan, panels, order, n_features, largest_norm, largest_slack, underflow: UNDERFLOW * weight }
-    }
-
-    /// How features and rows are rounded.
-    pub fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
-    /// Number of features.
-    pub fn n_features(&self) -> usize {
-        self.n_features
-    }
-
-    /// Feature `j` as it was given.
-    pub fn feature(&self, j: usize) -> &[f32] {
-        let d = self.plan.d();
-        &self.panels[j / COLS].rows[j % COLS * d..(j % COLS + 1) * d]
-    }
-
-    /// Finds what is `wanted` of each row of `x` (row-major f32 of width [`Plan::d`], finite); see [`Space::found`].
+    /// Finds what is `wanted` of each row of `x` (row-major f32 of width [`Plan::d`](super::Plan::d), finite); see [`Space::found`].
     pub fn select(&self, x: &[f32], wanted: Wanted, space: &mut Space) {
         let d = self.plan.d();
         let Space { found, bench, effort } = space;

@@ -9,7 +9,8 @@ use crate::kernels::gemm::tile::COLS;
 use crate::kernels::gemm::{Dictionary, Plan, Space, Terms, Wanted};
 use crate::kernels::topk::Scored;
 use crate::rows::Rows;
-use crate::scan::{Context, grid, map_ordered, map_ordered_with, spread};
+use crate::scan::pack::pack_features;
+use crate::scan::{Context, grid, map_ordered_with, spread};
 
 /// Most rows that are matched at once: strips of 12, and groups of four of them.
 const MATCH_ROWS: usize = 528;
@@ -115,18 +116,16 @@ impl Search<'_> {
     fn sketches(&self, sketch: &Sketch) -> Result<Dictionary> {
         let (isa, n) = (self.dictionary.plan().isa(), self.dictionary.n_features());
         let plan = Plan::coarse(isa, sketch.width);
-        let panels: Vec<(usize, Range<usize>)> = grid(n, COLS).enumerate().collect();
-        let panels = map_ordered(&panels, self.context, |(number, features)| {
-            let (mut kept, mut terms, mut space) = (Vec::new(), Terms::default(), Vec::new());
-            for (bias, j) in terms.bias.iter_mut().zip(features.clone()) {
+        pack_features(&plan, n, self.context, |p, kept| {
+            let (mut terms, mut space) = (Terms::default(), Vec::new());
+            for ((kept, bias), j) in kept.chunks_mut(sketch.width).zip(&mut terms.bias).zip(p * COLS..) {
                 let w = self.dictionary.feature(j);
                 let (of_feature, rest) = sketch.of(w, dot(isa, w, w).sqrt(), &mut space);
-                kept.extend_from_slice(of_feature);
+                kept.copy_from_slice(of_feature);
                 *bias = rest + SHIFT;
             }
-            Ok(plan.panel(*number, kept, &terms))
-        })?;
-        Ok(Dictionary::new(plan, panels))
+            Ok(terms)
+        })
     }
 
     fn wanted(&self) -> Wanted {

@@ -47,10 +47,7 @@ fn main() {
             for certificate in [Certificate::Deterministic, Certificate::Dithered] {
                 let plan = Plan::with_isa(isa, d, certificate, None);
                 let screen = format!("{:?}", plan.screen());
-                let panels = w.chunks(32 * d).enumerate();
-                let panels =
-                    panels.map(|(p, rows)| plan.panel(p, rows.to_vec(), &Terms::default())).collect();
-                let dictionary = Dictionary::new(plan, panels);
+                let dictionary = Dictionary::of(&plan, &w, |_| Terms::default()).expect("some mebibytes");
                 let (start, before, mut space) = (Instant::now(), trap::counts()[2], Space::default());
                 dictionary.select(&x, Wanted::Best { k, positive: true }, &mut space);
                 let per_row = space.effort.scored as f64 / ROWS as f64;
