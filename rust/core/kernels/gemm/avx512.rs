@@ -151,9 +151,11 @@ pub unsafe fn dots_of(group: Group<'_>, x: &[f32], products: &mut [f64]) {
     while done < group.len {
         let count = ABREAST.min(group.len - done);
         let next = if done + count == group.len { group.next } else { group.w };
-        let rows: [&[f32]; ABREAST] = std::array::from_fn(|i| row(group.rows[done + i.min(count - 1)]));
-        let ahead: [&[f32]; ABREAST] =
-            std::array::from_fn(|i| group.rows.get(done + count + i).map_or(rows[0], |&r| row(r)));
+        // Spelt out: `array::from_fn` would be a call.
+        let now = |i: usize| row(group.rows[done + i.min(count - 1)]);
+        let rows: [&[f32]; ABREAST] = [now(0), now(1), now(2), now(3)];
+        let later = |i: usize| group.rows.get(done + count + i).map_or(rows[0], |&r| row(r));
+        let ahead: [&[f32]; ABREAST] = [later(0), later(1), later(2), later(3)];
         let out = &mut products[done..done + count];
         match count {
             1 => out.copy_from_slice(&dots(group.w, next, [rows[0]], [ahead[0]])),

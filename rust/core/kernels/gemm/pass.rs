@@ -106,6 +106,9 @@ impl Dictionary {
         for i in self.plan.strips(x, self.largest_norm, floats, &mut bench.strips) {
             bench.escaped[i] = true;
         }
+        if let Wanted::Best { k, .. } = wanted {
+            found.iter_mut().for_each(|found| found.reserve(SCORES_PER_MEMBER * k.min(self.n_features)));
+        }
         watch.lap(&mut effort.rounding);
         let guesses = attempt == Attempt::Guessing && bench.record.is_good();
         let attempt = if attempt == Attempt::Guessing && !guesses { Attempt::Proving } else { attempt };
@@ -147,7 +150,7 @@ impl Pass<'_> {
     fn raise_bars(&mut self, k: usize, last: bool) {
         for row in 0..self.found.len() {
             if last || !self.raise_bar_by_bounds(row, k) {
-                self.list(row, self.bench.candidates[row].threshold(self.isa(), k));
+                self.list(row, self.promising(row, k));
             }
         }
         self.score_listed();
@@ -264,6 +267,15 @@ impl Pass<'_> {
         }
         self.drop_below(row, bar);
         true
+    }
+
+    /// The bound from which on a candidate is worth its score: it reaches what the `k`-th best score most likely is, unless too
+    /// many candidates do; then the `k` best bounds.
+    fn promising(&self, row: usize, k: usize) -> f32 {
+        let candidates = &self.bench.candidates[row];
+        let bar = candidates.threshold(self.isa(), k);
+        let likely = self.dictionary.bar(f64::from(bar) - self.gap(row) / 3.0);
+        if candidates.reaching(self.isa(), likely) > WAITING_PER_MEMBER * k { bar } else { likely }
     }
 
     /// Raises the threshold of a row to what a score of this rank in the sample most likely is.

@@ -17,6 +17,9 @@ const ROOM: &str = "room for the hits of a panel";
 /// Of how many candidates wanted one more may reach the threshold.
 const SPARE: usize = 8;
 
+/// Candidates that a row has room for at first: most need no more.
+const FIRST_ROOM: usize = 7 * COLS;
+
 /// Candidates of a row, in the order in which they came: the first `len` of either array. The arrays are longer, so that
 /// hits are stored where they belong: to lengthen them would clear first what is about to be written.
 #[derive(Clone, Debug, Default)]
@@ -47,7 +50,7 @@ impl Waiting {
     /// Room for the hits of a panel.
     fn make_room(&mut self) {
         if self.len + COLS > self.upper.len() {
-            let room = 2 * self.upper.len() + COLS;
+            let room = 2 * self.upper.len() + FIRST_ROOM;
             self.upper.resize(room, 0.0);
             self.feature.resize(room, 0);
         }
