@@ -107,7 +107,10 @@ impl Dictionary {
             bench.escaped[i] = true;
         }
         if let Wanted::Best { k, .. } = wanted {
-            found.iter_mut().for_each(|found| found.reserve(SCORES_PER_MEMBER * k.min(self.n_features)));
+            let scores = (SCORES_PER_MEMBER * k).min(SMALLEST_SPACE);
+            for found in &mut *found {
+                found.reserve(scores);
+            }
         }
         watch.lap(&mut effort.rounding);
         let guesses = attempt == Attempt::Guessing && bench.record.is_good();
