@@ -113,8 +113,10 @@ impl Dictionary {
             }
         }
         watch.lap(&mut effort.rounding);
-        let guesses = attempt == Attempt::Guessing && bench.record.is_good();
-        let attempt = if attempt == Attempt::Guessing && !guesses { Attempt::Proving } else { attempt };
+        let attempt = match attempt {
+            Attempt::Guessing if !bench.record.is_good() => Attempt::Proving,
+            attempt => attempt,
+        };
         let mut pass = Pass { dictionary: self, x, wanted, attempt, room, bench, found, effort };
         pass.run(watch);
         pass.undecided()
@@ -180,7 +182,7 @@ impl Pass<'_> {
         undecided
     }
 
-    /// The rank to guess thresholds from after so many panels, where that is asked for and tells more than the `k` best of them.
+    /// The rank in a sample of so many panels from which to guess, where guessing is asked for and the rank is better than `k`.
     fn rank_in_sample(&self, k: usize, panels: usize) -> Option<usize> {
         let rank = safe_rank(k, panels * COLS, self.dictionary.n_features);
         (self.attempt == Attempt::Guessing && rank < k).then_some(rank)
@@ -272,8 +274,8 @@ impl Pass<'_> {
         true
     }
 
-    /// The bound from which on a candidate is worth its score: it reaches what the `k`-th best score most likely is, unless too
-    /// many candidates do; then the `k` best bounds.
+    /// The bound from which on candidates are scored at once: that of rank `k`, lowered by two thirds of what it lies above its score,
+    /// unless too many would be. What is left in between once the `k`-th best score is known is little.
     fn promising(&self, row: usize, k: usize) -> f32 {
         let candidates = &self.bench.candidates[row];
         let bar = candidates.threshold(self.isa(), k);
