@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512d, __m512i, _CMP_NLT_UQ, _mm256_loadu_ps, _mm512_add_epi32, _mm512_castps_si512,
+    __m512, __m512bh, __m512d, __m512i, _CMP_NLT_UQ, _mm256_loadu_ps, _mm512_castps_si512,
     _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_cvtps_pd, _mm512_dpbf16_ps,
     _mm512_dpbusd_epi32, _mm512_dpwssd_epi32, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_si512,
     _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_pd, _mm512_setzero_si512,
@@ -22,7 +22,7 @@ use crate::kernels::prefetch::fetch;
 const HALF: usize = COLS / 2;
 
 macro_rules! micro_kernel {
-    ($(#[$doc:meta])* $name:ident, $features:literal, |$sum:ident, $a:ident, $b:ident| $multiply_add:expr, |$done:ident, $offset:ident| $to_float:expr) => {
+    ($(#[$doc:meta])* $name:ident, $features:literal, |$sum:ident, $a:ident, $b:ident| $multiply_add:expr, $start:ident, |$done:ident| $to_float:expr) => {
         $(#[$doc])*
         ///
         /// `strip` holds [`ROWS`] words per step, `panel` [`COLS`]; both have the same number of steps.
@@ -35,7 +35,7 @@ macro_rules! micro_kernel {
             let (b_steps, _) = panel.as_chunks::<COLS>();
             // Without a step the sums would have to be cleared in memory beforehand, for every tile.
             assert!(!a_steps.is_empty() && a_steps.len() == b_steps.len(), "one or more steps of both sides");
-            let mut sums = [[_mm512_setzero_si512(); 2]; ROWS];
+            let mut sums = [[$start(columns, 0), $start(columns, 1)]; ROWS];
             for (a, b) in a_steps.iter().zip(b_steps) {
                 let halves = b.as_chunks::<HALF>().0;
                 let b = [load(&halves[0]), load(&halves[1])];
@@ -50,7 +50,6 @@ macro_rules! micro_kernel {
             tile.hits = [0; ROWS];
             for h in 0..2 {
                 let (span, factors) = (h * HALF, Factors::of(columns, h));
-                let $offset = load(half(&columns.offset, span));
                 for r in 0..ROWS {
                     let $done = sums[r][h];
                     let (upper, hits) = factors.bound($to_float, r, lines);
@@ -60,6 +59,19 @@ macro_rules! micro_kernel {
             }
         }
     };
+}
+
+/// What the sums of unsigned rows begin with, so that they end as those of signed ones.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn offsets(columns: &Columns, h: usize) -> __m512i {
+    load(half(&columns.offset, h * HALF))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn zeros(_: &Columns, _: usize) -> __m512i {
+    _mm512_setzero_si512()
 }
 
 /// What the bounds of half of a panel's features are made of.
@@ -119,21 +131,24 @@ micro_kernel!(
     /// Bounds of a tile from unsigned bytes of rows and signed bytes of features (VPDPBUSD).
     bytes, "avx512f,avx512bw,avx512vnni",
     |sum, a, b| _mm512_dpbusd_epi32(sum, a, b),
-    |done, offset| _mm512_cvtepi32_ps(_mm512_add_epi32(done, offset))
+    offsets,
+    |done| _mm512_cvtepi32_ps(done)
 );
 
 micro_kernel!(
     /// Bounds of a tile from signed pairs of 16 bits (VPDPWSSD); norms bound the sums, see [`super::quantize::words`].
     words, "avx512f,avx512bw,avx512vnni",
     |sum, a, b| _mm512_dpwssd_epi32(sum, a, b),
-    |done, _offset| _mm512_cvtepi32_ps(done)
+    zeros,
+    |done| _mm512_cvtepi32_ps(done)
 );
 
 micro_kernel!(
     /// Bounds of a tile from bf16 pairs (VDPBF16PS).
     brain_floats, "avx512f,avx512bw,avx512bf16",
     |sum, a, b| _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), pairs(a), pairs(b))),
-    |done, _offset| _mm512_castsi512_ps(done)
+    zeros,
+    |done| _mm512_castsi512_ps(done)
 );
 
 /// Rows that one reading of a feature serves.

@@ -4,7 +4,7 @@
 //! that need not lie side by side: with pages of 4 KiB an array each, the encoder took 1.04 to 1.07 times as long.
 
 use super::features::{Panel, Slack, Terms};
-use super::guess::sample_first;
+use super::guess::{Record, sample_first};
 use super::plan::Plan;
 use super::tile::COLS;
 use crate::error::Result;
@@ -26,6 +26,7 @@ pub struct Dictionary {
     pub(super) largest_norm: f64,
     pub(super) largest_slack: Slack,
     pub(super) underflow: f64,
+    pub(super) record: Record,
 }
 
 /// A panel with its features.
@@ -93,7 +94,18 @@ impl Blank {
         let largest_slack = panels.iter().map(Panel::largest_slack).fold(Slack::default(), Slack::or_larger);
         let underflow = UNDERFLOW * panels.iter().flat_map(|p| p.weight).fold(1.0, f64::max);
         let order = sample_first(panels.len());
-        Dictionary { plan, n_features, rows, words, panels, order, largest_norm, largest_slack, underflow }
+        Dictionary {
+            plan,
+            n_features,
+            rows,
+            words,
+            panels,
+            order,
+            largest_norm,
+            largest_slack,
+            underflow,
+            record: Record::default(),
+        }
     }
 }
 

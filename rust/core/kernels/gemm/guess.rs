@@ -9,6 +9,8 @@
 //! A wrong guess costs time, never a member: where the `k`-th best score of a row lies below what was guessed, the row is
 //! screened again without a guess. Where that happens often, as it may with features in an order of their own, guessing stops.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 /// One panel in so many is of the sample.
 const SAMPLE_ONE_IN: usize = 8;
 /// How often a guess may be too high, in a sample that is one.
@@ -50,22 +52,23 @@ pub(super) fn safe_rank(k: usize, seen: usize, n: usize) -> usize {
     rank
 }
 
-/// How guesses fared.
-#[derive(Clone, Copy, Debug, Default)]
+/// How guesses fared with a dictionary, in all calls and threads. It decides how long a selection takes, and nothing else.
+#[derive(Debug, Default)]
 pub(super) struct Record {
-    rows: u64,
-    wrong: u64,
+    rows: AtomicU64,
+    wrong: AtomicU64,
 }
 
 impl Record {
     /// Whether to go on guessing.
-    pub(super) fn is_good(self) -> bool {
-        self.rows < TRIAL || self.wrong * WRONG_ONE_IN <= self.rows
+    pub(super) fn is_good(&self) -> bool {
+        let (rows, wrong) = (self.rows.load(Ordering::Relaxed), self.wrong.load(Ordering::Relaxed));
+        rows < TRIAL || wrong * WRONG_ONE_IN <= rows
     }
 
-    pub(super) fn add(&mut self, rows: usize, wrong: usize) {
-        self.rows += rows as u64;
-        self.wrong += wrong as u64;
+    pub(super) fn add(&self, rows: usize, wrong: usize) {
+        self.rows.fetch_add(rows as u64, Ordering::Relaxed);
+        self.wrong.fetch_add(wrong as u64, Ordering::Relaxed);
     }
 }
 
@@ -111,7 +114,7 @@ mod tests {
 
     #[test]
     fn guessing_ends_where_it_is_often_wrong() {
-        let mut record = Record::default();
+        let record = Record::default();
         record.add(10, 10);
         assert!(record.is_good(), "ten rows say little");
         record.add(1000, 0);

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::dictionary::Dictionary;
 use super::dot::{Group, dots_of};
-use super::guess::{Record, safe_rank, sample_size};
+use super::guess::{safe_rank, sample_size};
 use super::pairs::Pairs;
 use super::quantize::up;
 use super::select::{Effort, Wanted, Watch, finish};
@@ -57,7 +57,6 @@ pub(super) struct Bench {
     escaped: Vec<bool>,
     /// The highest guess of each row's threshold.
     guessed: Vec<f32>,
-    record: Record,
     pairs: Pairs,
     /// Features on their way from candidates to pairs.
     taken: Vec<u32>,
@@ -114,7 +113,7 @@ impl Dictionary {
         }
         watch.lap(&mut effort.rounding);
         let attempt = match attempt {
-            Attempt::Guessing if !bench.record.is_good() => Attempt::Proving,
+            Attempt::Guessing if !self.record.is_good() => Attempt::Proving,
             attempt => attempt,
         };
         let mut pass = Pass { dictionary: self, x, wanted, attempt, room, bench, found, effort };
@@ -164,7 +163,7 @@ impl Pass<'_> {
 
     /// The rows whose members this pass did not find.
     fn undecided(self) -> Undecided {
-        let Bench { escaped, guessed, record, .. } = self.bench;
+        let Bench { escaped, guessed, .. } = self.bench;
         let mut undecided = Undecided::default();
         for (row, found) in self.found.iter().enumerate() {
             if escaped[row] {
@@ -177,7 +176,7 @@ impl Pass<'_> {
             }
         }
         if self.attempt == Attempt::Guessing {
-            record.add(self.found.len(), undecided.misjudged.len());
+            self.dictionary.record.add(self.found.len(), undecided.misjudged.len());
         }
         undecided
     }
