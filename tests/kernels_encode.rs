@@ -149,6 +149,26 @@ fn a_sample_that_misleads_costs_a_second_screen_and_no_member() {
 }
 
 #[test]
+fn features_of_very_different_norms_are_dropped_as_well() {
+    // The widest slack is then no measure of the others', and bounds guess too low.
+    let (d, f, k, n) = (1536, 16_384, 128, 12);
+    let (x, even) = (noise(n * d, 45), noise(f * d, 46));
+    let sizes: Vec<f32> = noise(f * 6, 47).chunks(6).map(|u| (u.iter().sum::<f32>() * 0.8).exp()).collect();
+    let mut one = vec![1.0; f];
+    one[4321] = 10.0;
+    for sizes in [sizes, one] {
+        let w: Vec<f32> = even.iter().enumerate().map(|(i, w)| w * sizes[i / d]).collect();
+        let expected: Vec<_> = x.chunks(d).map(|row| best(row, &w, k, true)).collect();
+        for plan in Plan::every(d, Certificate::Deterministic, None) {
+            let (dictionary, mut space) = (dictionary(&plan, &w), Space::default());
+            assert_members_in(&mut space, &dictionary, &x, Wanted::Best { k, positive: true }, &expected);
+            let per_member = space.effort.scored as f64 / (n * k) as f64;
+            assert!(space.effort.escaped == 0 && per_member < 20.0, "{per_member} by {:?}", plan.screen());
+        }
+    }
+}
+
+#[test]
 fn guesses_are_seldom_wrong() {
     let (d, f, k, n) = (48, 8192, 32, 600);
     let (x, w) = (noise(n * d, 43), noise(f * d, 44));

@@ -38,7 +38,8 @@ class EncodeReport:
     candidates_per_k: float
     """Candidates per row and member wanted; NaN where ``k`` is not fixed."""
     misjudged_rate: float
-    """Share of rows that were screened twice, because a threshold guessed from a sample of the features was too high."""
+    """Share of rows that were screened twice, because a threshold guessed from a sample of the features was too high. An
+    encoder that misjudges often guesses less, so this and ``candidates`` depend on earlier calls; codes never do."""
     escape_rate: float
     """Share of rows that defeated the screen and took the float32 path."""
     isa: str

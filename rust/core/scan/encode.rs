@@ -49,7 +49,8 @@ pub enum Codes {
 /// Packs the weights of an encoder.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::NonFinite`]: bad weights; [`Error::Cancelled`].
+/// [`Error::Shape`], [`Error::NonFinite`]: bad weights; [`Error::Refused`] when the system has less memory than they take packed;
+/// [`Error::Cancelled`].
 pub fn pack(
     weights: Weights<'_>,
     activation: Activation,

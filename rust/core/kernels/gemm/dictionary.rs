@@ -67,7 +67,7 @@ impl Blank {
     /// [`crate::Error::Refused`] when the system has less memory than they take.
     pub fn new(plan: Plan, n_features: usize) -> Result<Self> {
         let n_panels = n_features.div_ceil(COLS);
-        let hint = "Take fewer features at a time";
+        let hint = "Free some, or take fewer features";
         let rows = try_zeros(n_features.saturating_mul(plan.d()), "a packed dictionary", hint)?;
         let words =
             Aligned::try_zeros(n_panels.saturating_mul(plan.panel_words()), "a packed dictionary", hint)?;
@@ -127,7 +127,11 @@ impl Dictionary {
     ///
     /// # Errors
     /// As [`Blank::new`].
+    ///
+    /// # Panics
+    /// When the last feature is incomplete.
     pub fn of(plan: &Plan, features: &[f32], terms: impl Fn(usize) -> Terms) -> Result<Self> {
+        assert!(features.len().is_multiple_of(plan.d()), "features of width {}", plan.d());
         let mut blank = Blank::new(plan.clone(), features.len() / plan.d())?;
         for (slot, features) in blank.slots().iter_mut().zip(features.chunks(COLS * plan.d())) {
             slot.features().copy_from_slice(features);

@@ -37,6 +37,7 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bars;
 #[cfg(test)]
 mod certificates;
 pub mod dictionary;

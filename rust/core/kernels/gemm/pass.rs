@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::dictionary::Dictionary;
 use super::dot::{Group, dots_of};
-use super::guess::{safe_rank, sample_size};
+use super::guess::sample_size;
 use super::pairs::Pairs;
 use super::quantize::up;
 use super::select::{Effort, Wanted, Watch, finish};
@@ -23,8 +23,8 @@ const FIRST_SAMPLE: usize = 128;
 const SPACE_PER_MEMBER: usize = 16;
 /// Smallest space of a row.
 const SMALLEST_SPACE: usize = 1280;
-/// Candidates per member that may wait while bounds alone raise the threshold.
-const WAITING_PER_MEMBER: usize = 6;
+/// Scores that a row has room for at first, at most.
+const MOST_RESERVED: usize = 1024;
 /// Scores per member that a row collects before it keeps the best.
 const SCORES_PER_MEMBER: usize = 4;
 
@@ -51,12 +51,12 @@ pub(super) struct Undecided {
 /// Memory of one pass.
 #[derive(Debug, Default)]
 pub(super) struct Bench {
-    strips: Strips,
+    pub(super) strips: Strips,
     /// Candidates of each row, at most `room`.
-    candidates: Vec<Waiting>,
-    escaped: Vec<bool>,
-    /// The highest guess of each row's threshold.
-    guessed: Vec<f32>,
+    pub(super) candidates: Vec<Waiting>,
+    pub(super) escaped: Vec<bool>,
+    /// The highest guess of each row's threshold; minus infinity where there is none.
+    pub(super) guessed: Vec<f32>,
     pairs: Pairs,
     /// Features on their way from candidates to pairs.
     taken: Vec<u32>,
@@ -71,14 +71,14 @@ pub(super) struct Means<'a> {
 }
 
 /// One screen over all features for one block of rows.
-struct Pass<'a> {
-    dictionary: &'a Dictionary,
+pub(super) struct Pass<'a> {
+    pub(super) dictionary: &'a Dictionary,
     x: &'a [f32],
     wanted: Wanted,
-    attempt: Attempt,
+    pub(super) attempt: Attempt,
     room: usize,
-    bench: &'a mut Bench,
-    found: &'a mut [Vec<Scored>],
+    pub(super) bench: &'a mut Bench,
+    pub(super) found: &'a mut [Vec<Scored>],
     effort: &'a mut Effort,
 }
 
@@ -106,14 +106,14 @@ impl Dictionary {
             bench.escaped[i] = true;
         }
         if let Wanted::Best { k, .. } = wanted {
-            let scores = (SCORES_PER_MEMBER * k).min(SMALLEST_SPACE);
+            let scores = (SCORES_PER_MEMBER * k).min(MOST_RESERVED);
             for found in &mut *found {
                 found.reserve(scores);
             }
         }
         watch.lap(&mut effort.rounding);
         let attempt = match attempt {
-            Attempt::Guessing if !self.record.is_good() => Attempt::Proving,
+            Attempt::Guessing if !self.record.suggests_guessing() => Attempt::Proving,
             attempt => attempt,
         };
         let mut pass = Pass { dictionary: self, x, wanted, attempt, room, bench, found, effort };
@@ -136,7 +136,7 @@ impl Pass<'_> {
             if let Wanted::Best { k, .. } = self.wanted {
                 let last = i + 1 == ranges.len();
                 match self.rank_in_sample(k, range.end) {
-                    Some(rank) if !last => (0..self.found.len()).for_each(|row| self.guess_bar(row, rank)),
+                    Some(rank) if !last => self.guess_bars(k, rank),
                     _ => self.raise_bars(k, last),
                 }
                 watch.lap(&mut self.effort.scoring);
@@ -150,41 +150,24 @@ impl Pass<'_> {
         watch.lap(&mut self.effort.scoring);
     }
 
-    /// Raises the threshold of every row by what is certain; after the last range always to a real score.
-    fn raise_bars(&mut self, k: usize, last: bool) {
-        for row in 0..self.found.len() {
-            if last || !self.raise_bar_by_bounds(row, k) {
-                self.list(row, self.promising(row, k));
-            }
-        }
-        self.score_listed();
-        (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
-    }
-
     /// The rows whose members this pass did not find.
     fn undecided(self) -> Undecided {
         let Bench { escaped, guessed, .. } = self.bench;
-        let mut undecided = Undecided::default();
+        let (mut undecided, mut guesses) = (Undecided::default(), 0);
         for (row, found) in self.found.iter().enumerate() {
             if escaped[row] {
                 undecided.escaped.push(row);
             } else if let Wanted::Best { k, .. } = self.wanted
                 && guessed[row] > f32::NEG_INFINITY
-                && found.get(k - 1).is_none_or(|last| self.dictionary.bar(last.rank) < guessed[row])
             {
-                undecided.misjudged.push(row);
+                guesses += 1;
+                if found.get(k - 1).is_none_or(|last| self.dictionary.bar(last.rank) < guessed[row]) {
+                    undecided.misjudged.push(row);
+                }
             }
         }
-        if self.attempt == Attempt::Guessing {
-            self.dictionary.record.add(self.found.len(), undecided.misjudged.len());
-        }
+        self.dictionary.record.add(guesses, undecided.misjudged.len());
         undecided
-    }
-
-    /// The rank in a sample of so many panels from which to guess, where guessing is asked for and the rank is better than `k`.
-    fn rank_in_sample(&self, k: usize, panels: usize) -> Option<usize> {
-        let rank = safe_rank(k, panels * COLS, self.dictionary.n_features);
-        (self.attempt == Attempt::Guessing && rank < k).then_some(rank)
     }
 
     /// Ranges of panels, by their place in the order, between which thresholds are raised.
@@ -259,56 +242,12 @@ impl Pass<'_> {
         }
     }
 
-    /// Raises the threshold of a row to its k-th largest lower bound, if few candidates remain above that.
-    fn raise_bar_by_bounds(&mut self, row: usize, k: usize) -> bool {
-        let candidates = &self.bench.candidates[row];
-        if candidates.len() < k || !self.found[row].is_empty() {
-            return false;
-        }
-        let bar = self.dictionary.bar(f64::from(candidates.threshold(self.isa(), k)) - self.gap(row));
-        if candidates.reaching(self.isa(), bar) > WAITING_PER_MEMBER * k {
-            return false;
-        }
-        self.drop_below(row, bar);
-        true
-    }
-
-    /// The bound from which on candidates are scored at once: that of rank `k`, lowered by two thirds of what it lies above its score,
-    /// unless too many would be. What is left in between once the `k`-th best score is known is little.
-    fn promising(&self, row: usize, k: usize) -> f32 {
-        let candidates = &self.bench.candidates[row];
-        let bar = candidates.threshold(self.isa(), k);
-        let likely = self.dictionary.bar(f64::from(bar) - self.gap(row) / 3.0);
-        if candidates.reaching(self.isa(), likely) > WAITING_PER_MEMBER * k { bar } else { likely }
-    }
-
-    /// Raises the threshold of a row to what a score of this rank in the sample most likely is.
-    fn guess_bar(&mut self, row: usize, rank: usize) {
-        let candidates = &self.bench.candidates[row];
-        if candidates.len() < rank || self.bench.escaped[row] {
-            return;
-        }
-        // A score lies in the middle of its bounds, give or take a little.
-        let score = f64::from(candidates.threshold(self.isa(), rank)) - self.gap(row) / 2.0;
-        let bar = self.dictionary.bar(score);
-        if bar > self.bench.strips.bar(row) {
-            self.bench.guessed[row] = bar;
-            self.drop_below(row, bar);
-        }
-    }
-
-    /// How far upper bounds of a row can lie above its scores.
-    fn gap(&self, row: usize) -> f64 {
-        let line = &self.bench.strips.lines[row / ROWS];
-        self.dictionary.largest_slack.gap(line.slack[row % ROWS], line.norm[row % ROWS], self.floats())
-    }
-
-    fn floats(&self) -> bool {
+    pub(super) fn floats(&self) -> bool {
         self.attempt == Attempt::Floats
     }
 
     /// Moves the candidates of a row that reach `bar` to the pairs to be scored.
-    fn list(&mut self, row: usize, bar: f32) {
+    pub(super) fn list(&mut self, row: usize, bar: f32) {
         let isa = self.isa();
         let Bench { candidates, pairs, taken, .. } = &mut *self.bench;
         candidates[row].take_reaching(isa, bar, taken);
@@ -329,8 +268,11 @@ impl Pass<'_> {
     }
 
     /// Scores the listed pairs, feature by feature.
-    fn score_listed(&mut self) {
+    pub(super) fn score_listed(&mut self) {
         let (dictionary, pairs) = (self.dictionary, &mut self.bench.pairs);
+        if pairs.listed.is_empty() {
+            return;
+        }
         pairs.sort(dictionary.n_features);
         let mut start = 0;
         while start < pairs.rows.len() {
@@ -362,29 +304,11 @@ impl Pass<'_> {
         pairs.listed.clear();
     }
 
-    /// Keeps the k best scores of a row, and drops the candidates that can no longer be among them.
-    fn raise_bar(&mut self, row: usize, k: usize) {
-        let found = &mut self.found[row];
-        keep_best(found, k);
-        if found.len() < k || self.bench.escaped[row] {
-            return;
-        }
-        let bar = self.dictionary.bar(found[k - 1].rank);
-        self.drop_below(row, bar);
-    }
-
-    /// Sets the threshold of a row, unless it is higher already, and drops the candidates below it.
-    fn drop_below(&mut self, row: usize, bar: f32) {
-        let isa = self.isa();
-        self.bench.candidates[row].drop_below(isa, bar);
-        self.set_bar(row, bar.max(self.bench.strips.bar(row)));
-    }
-
-    fn isa(&self) -> Isa {
+    pub(super) fn isa(&self) -> Isa {
         self.dictionary.plan.isa()
     }
 
-    fn set_bar(&mut self, row: usize, bar: f32) {
+    pub(super) fn set_bar(&mut self, row: usize, bar: f32) {
         self.bench.strips.lines[row / ROWS].threshold[row % ROWS] = bar;
     }
 }

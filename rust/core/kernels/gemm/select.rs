@@ -3,14 +3,15 @@
 //! For a block of rows, over growing ranges of features:
 //!
 //! 1. screen the range: keep candidates whose upper bound reaches the row's threshold;
-//! 2. raise the threshold: while the ranges are a sample, to a [`guess`](super::guess);
+//! 2. raise the threshold: while the ranges are a sample, to a guess (`guess.rs`); where a sample says too little, for few
+//!    members, or guesses were often wrong, to the k-th largest lower bound where few candidates remain above it, else to the k-th
+//!    best real score, for which the most promising candidates are scored in f64;
 //! 3. drop the candidates whose bound no longer reaches it.
 //!
-//! After the last range the candidates that are left are scored, the `k` most promising ones first. Scoring goes feature by
-//! feature, so that each feature is read once per block. A row whose guess was too high is screened again without one: its
-//! threshold is raised to the k-th largest lower bound where few candidates remain above it, else to the k-th best real
-//! score, for which the `k` most promising candidates are scored in f64. A row that fills its space although its threshold was
-//! raised has defeated the screen; it is screened again in f32, and in the last resort scored against every feature.
+//! After the last range the candidates that are left are scored, the most promising ones first. Scoring goes feature by
+//! feature, so that each feature is read once per block. A row whose guess was too high is screened again without one. A row
+//! that fills its space although its threshold was raised has defeated the screen; it is screened again in f32, and in the last
+//! resort scored against every feature.
 
 use std::time::{Duration, Instant};
 
