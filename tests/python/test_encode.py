@@ -104,7 +104,7 @@ def test_outliers_zeros_and_huge_rows_stay_exact(certificate):
 
 
 def test_a_report_says_how_many_rows_were_screened_twice():
-    """Features that suit every row, fewer than are wanted, in the panels that thresholds are guessed from: the guess is too high."""
+    """Features that suit every row, fewer than are wanted, in the panels that thresholds are guessed from."""
     x, W, _, _ = data(50, 64, 8192)
     x[:, 0] = 3
     encoder = mt.TopKEncoder(W, k=32)
