@@ -20,6 +20,7 @@ __all__ = [
     "UndefinedWarning",
     "UnsafeCheckpointError",
     "VersionError",
+    "first_line",
 ]
 
 
@@ -83,3 +84,13 @@ class UndefinedWarning(UserWarning):
 
 class MissingExtraError(Error, ImportError):
     """A package that comes with an extra is not installed."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""What another library's error says, for a message of one line; its type where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("no number\n  in row 3")), first_line(ValueError())
+        ('no number', 'ValueError')
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]

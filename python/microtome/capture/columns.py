@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from microtome.errors import DtypeError
+from microtome.errors import DtypeError, first_line
 
 __all__ = ["ColumnTypes", "parquet"]
 
@@ -43,7 +43,7 @@ class ColumnTypes:
             pairs = zip(values, series.to_list(), strict=True)
             lost = [value for value, kept in pairs if not _same(value, kept)]
         except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
-            raise DtypeError(_unfit(name, known, str(error).splitlines()[0])) from error
+            raise DtypeError(_unfit(name, known, first_line(error))) from error
         if lost or series.dtype != dtype:  # polars leaves arrays of another length as they are
             raise DtypeError(_unfit(name, known, f"{(lost or values)[0]!r:.80}"))
         return series

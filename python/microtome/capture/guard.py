@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from microtome.errors import Error, ForkedError
+from microtome.errors import Error, ForkedError, first_line
 
 __all__ = ["Guard"]
 
@@ -34,9 +34,8 @@ class Guard:
         """Refuse a forked child, and any use after a failure."""
         self.same_process()
         if self._failure is not None:
-            cause = (str(self._failure) or type(self._failure).__name__).splitlines()[0]
             raise Error(
-                f"capture: expected a recorder without errors, found one that failed: {cause}. "
+                f"capture: expected a recorder without errors, found one that failed: {first_line(self._failure)}. "
                 "Open mt.capture on this path again: it goes on after the last committed step"
             ) from self._failure
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import yaml
 
+from microtome.errors import first_line
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -30,7 +32,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise typer.BadParameter(str(error).splitlines()[0]) from error
+        raise typer.BadParameter(first_line(error)) from error
     if not isinstance(values, dict):
         raise typer.BadParameter(
             f"expected a mapping of option names to values, found {type(values).__name__}"
@@ -85,8 +87,9 @@ def expression(name: str, text: str | None) -> pl.Expr | None:
     try:
         return None if text is None else pl.sql_expr(text)
     except pl.exceptions.PolarsError as error:
-        found = str(error).splitlines()[0]
-        raise typer.BadParameter(f"--{name}: expected SQL over columns, found {text!r}: {found}") from error
+        raise typer.BadParameter(
+            f"--{name}: expected SQL over columns, found {text!r}: {first_line(error)}"
+        ) from error
 
 
 def write(table: pl.DataFrame, out: Path, record: Record) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from microtome.errors import ShapeError
+from microtome.errors import ShapeError, first_line
 from microtome.metrics import SampleFires, sample_fires
 from microtome.metrics.codes import CSR
 from microtome.store import Activations, ActivationStore
@@ -49,7 +49,7 @@ def check_expression(store: ActivationStore, expression: pl.Expr, name: str, dty
         ) from None
     except pl.exceptions.PolarsError as error:
         raise ShapeError(
-            f"{name}: expected an expression over rows and samples, found {expression}: {str(error).splitlines()[0]}"
+            f"{name}: expected an expression over rows and samples, found {expression}: {first_line(error)}"
         ) from None
     if dtype is not None and found != dtype:
         raise ShapeError(f"{name}: expected {dtype} values, found {found}")

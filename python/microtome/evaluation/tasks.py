@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from microtome.errors import Error, ShapeError
+from microtome.errors import Error, ShapeError, first_line
 from microtome.tensors import extra
 
 __all__ = [
@@ -216,7 +216,7 @@ def _named(path: str | Path, what: str) -> Iterator[None]:
     except KeyError as error:
         raise ShapeError(f"{path}: expected the key {error} of {what}, found a row without it") from None
     except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
-        raise ShapeError(f"{path}: expected {what}, found {str(error).splitlines()[0][:120]}") from error
+        raise ShapeError(f"{path}: expected {what}, found {first_line(error):.120}") from error
 
 
 def _content(path: str | Path) -> dict[str, Any]:

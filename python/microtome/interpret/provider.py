@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from microtome.errors import Error
+from microtome.errors import Error, first_line
 from microtome.interpret.evidence import Evidence
 from microtome.interpret.labels import EXAMPLE, PROMPT, render
 from microtome.tensors import extra
@@ -114,7 +114,7 @@ def checked(text: str) -> dict[str, object]:
         ) from error
     except (ValueError, RecursionError) as error:
         # numbers of too many digits, and brackets without end, among them
-        raise ProviderError(f"answer: expected JSON, found {str(error).splitlines()[0][:120]}") from error
+        raise ProviderError(f"answer: expected JSON, found {first_line(error):.120}") from error
     confidence, description = answer.get("confidence"), answer.get("description")
     patterns, cues = answer.get("common_patterns", []), answer.get("cue_counts", {})
     if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 <= confidence <= 1:

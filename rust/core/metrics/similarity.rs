@@ -68,7 +68,8 @@ pub fn row_cosines(a: Rows<'_>, b: Rows<'_>, names: [&str; 2], context: &Context
 /// The `k` rows of `b` with the largest cosine for every row of `a`, exactly; of equal cosines the lower row.
 ///
 /// # Errors
-/// [`Error::Shape`] when the widths differ or `k` is not in `1..=b.n()`; [`Error::NonFinite`]; [`Error::Cancelled`].
+/// [`Error::Shape`] when the widths differ or `k` is not in `1..=b.n()`; [`Error::NonFinite`]; [`Error::Refused`] when the system has
+/// less memory than `b` takes packed; [`Error::Cancelled`].
 pub fn match_rows(
     a: Rows<'_>,
     b: Rows<'_>,

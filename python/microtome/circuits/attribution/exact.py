@@ -87,9 +87,10 @@ def _kept(folder: Path, identity: str) -> NodeScores:
     Raises:
         StoreError: they are of something else.
     """
-    if not (folder / "scores.json").exists() or NodeScores.load(folder).facts.get("identity") != identity:
+    scores = NodeScores.load(folder) if (folder / "scores.json").exists() else None
+    if scores is None or scores.facts.get("identity") != identity:
         raise another_run(folder)
-    return NodeScores.load(folder)
+    return scores
 
 
 def _effects(

@@ -152,9 +152,8 @@ def feature_attribution(
             f"feature: expected a layer below {adapter.n_layers} and a direction ({adapter.d_model},), found layer {layer} "
             f"and {tuple(v.shape)}"
         )
-    options = {"method": (method, ("A", "B")), "targets": (targets, ("text", "argmax", "last"))}
-    for name, (found, allowed) in options.items():
-        require_one_of(name, found, allowed)
+    require_one_of("method", method, ("A", "B"))
+    require_one_of("targets", targets, ("text", "argmax", "last"))
     if not sites or set(sites) - {"q", "k", "z"}:
         raise ShapeError(f"sites: expected some of q, k, z, found {sites}")
     totals: dict[str, npt.NDArray[np.float64]] = {

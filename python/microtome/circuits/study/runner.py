@@ -26,7 +26,7 @@ from microtome.circuits.study.clock import Clock
 from microtome.circuits.study.costs import step_costs
 from microtome.circuits.study.ledger import Ledger, Tables, file_name
 from microtome.circuits.study.options import FORMS, Options
-from microtome.circuits.study.sides import Side, left_out, matched
+from microtome.circuits.study.sides import Side, matched
 from microtome.errors import ShapeError
 
 __all__ = ["Study", "run"]
@@ -104,7 +104,7 @@ def run(
     costs = step_costs(model, sides, how)
     clock = Clock(costs, say or (lambda _: None))
     for task, forms in tasks.items():
-        for step, reason in left_out(forms, how).items():
+        for step, reason in sides[task, next(iter(forms))].left_out.items():
             if say is not None:
                 say(f"{task}: {step} is left out: {reason}")
     clock.announce()

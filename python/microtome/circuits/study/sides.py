@@ -17,7 +17,7 @@ from microtome.circuits.pairs.preparation import answers_correctly
 from microtome.circuits.study.options import FORMS, Options
 from microtome.errors import ShapeError
 
-__all__ = ["Side", "left_out", "matched"]
+__all__ = ["Side", "matched"]
 
 _LEAST_PAIRS = 4
 
@@ -56,7 +56,7 @@ class Side:
         discovery, evaluation = pairs[np.flatnonzero(right)].split(how.fraction, how.seed)
         has_other = set(forms) == set(FORMS)
         n_matched = len(matched(task, forms)[0]) if has_other else 0
-        skipped = left_out(forms, how)
+        skipped = _left_out(forms, how)
         return cls(pairs, right, discovery, evaluation, has_other, n_matched, skipped)
 
 
@@ -84,7 +84,7 @@ def matched(task: str, forms: Mapping[str, PairSet]) -> tuple[PairSet, PairSet]:
     return seen[[places[0][n] for n in shared]], told[[places[1][n] for n in shared]]
 
 
-def left_out(forms: Mapping[str, PairSet], how: Options) -> dict[str, str]:
+def _left_out(forms: Mapping[str, PairSet], how: Options) -> dict[str, str]:
     """Steps on both forms that need data positions, or one beginning, where the prompts have none: step -> why."""
     if set(forms) != set(FORMS):
         return {}

@@ -28,7 +28,7 @@ from microtome.dictionary.formats import (
 )
 from microtome.dictionary.formats.files import PROBE_FILE, Checkpoint, checkpoints, write_safetensors
 from microtome.dictionary.parameters import Parameters
-from microtome.errors import CheckpointError, Error, UnsafeCheckpointError
+from microtome.errors import CheckpointError, Error, UnsafeCheckpointError, first_line
 
 __all__ = ["FORMATS", "detect", "load", "save"]
 
@@ -136,9 +136,8 @@ def _readable(path: Path, name: str) -> Iterator[None]:
     except Error:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        what = (str(error).splitlines() or [""])[0][:120]
         raise CheckpointError(
-            f"contents: {path}: expected those of {name}, found {type(error).__name__}: {what}"
+            f"contents: {path}: expected those of {name}, found {type(error).__name__}: {first_line(error):.120}"
         ) from error
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from microtome.errors import CheckpointError, UnsafeCheckpointError
+from microtome.errors import CheckpointError, UnsafeCheckpointError, first_line
 from microtome.whole import write_whole
 
 __all__ = ["Checkpoint", "checkpoints", "write_json", "write_npz", "write_pickle", "write_safetensors"]
@@ -29,18 +29,18 @@ _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".pkl")
 _LARGEST_CONFIG = 16 << 20
 _LARGEST_RATIO = 100
 _NPZ_ERRORS = (  # of NumPy's header, of a compressed stream, of an archive with a password or another method
-    *(
-        ValueError,
-        TypeError,
-        SyntaxError,
-        KeyError,
-        EOFError,
-        OSError,
-        MemoryError,
-        OverflowError,
-        RuntimeError,
-    ),
-    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+    ValueError,
+    TypeError,
+    SyntaxError,
+    KeyError,
+    EOFError,
+    OSError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
 )
 
 
@@ -168,7 +168,7 @@ def _npz(path: Path) -> dict[str, Any]:
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
     except _NPZ_ERRORS as error:
         raise UnsafeCheckpointError(
-            f"{path}: expected arrays of numbers, found a pickle or damage ({_line(error)}). "
+            f"{path}: expected arrays of numbers, found a pickle or damage ({first_line(error):.160}). "
             "Convert it to safetensors"
         ) from error
 
@@ -189,7 +189,7 @@ def _torch_file(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises an unpickling error, which has no other name here
         raise UnsafeCheckpointError(
-            f"{path} is a pickle: expected tensors alone, found {_line(error)}. Convert it to safetensors"
+            f"{path} is a pickle: expected tensors alone, found {first_line(error):.160}. Convert it to safetensors"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected tensors by name, found {type(content).__name__}")
@@ -204,12 +204,8 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"damaged or unknown weights: {path}: expected safetensors, npz or a torch file, "
-            f"found {_line(error)}"
+            f"found {first_line(error):.160}"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:

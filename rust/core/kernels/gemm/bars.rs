@@ -69,21 +69,23 @@ impl Pass<'_> {
     /// Raises the threshold of every row by what is certain; after the last range always to a real score.
     pub(super) fn raise_bars(&mut self, k: usize, last: bool) {
         for row in 0..self.found.len() {
-            if last || !self.raise_bar_by_bounds(row, k) {
-                self.list(row, self.promising(row, k));
+            let bound = self.bench.candidates[row].threshold(self.isa(), k);
+            if last || !self.raise_bar_by_bounds(row, k, bound) {
+                self.list(row, self.promising(row, k, bound));
             }
         }
         self.score_listed();
         (0..self.found.len()).for_each(|row| self.raise_bar(row, k));
     }
 
-    /// Raises the threshold of a row to its k-th largest lower bound, if few candidates remain above that.
-    fn raise_bar_by_bounds(&mut self, row: usize, k: usize) -> bool {
+    /// Raises the threshold of a row to its k-th largest lower bound, if few candidates remain above that. `bound` is the k-th largest
+    /// upper one.
+    fn raise_bar_by_bounds(&mut self, row: usize, k: usize, bound: f32) -> bool {
         let candidates = &self.bench.candidates[row];
         if candidates.len() < k || !self.found[row].is_empty() {
             return false;
         }
-        let bar = self.dictionary.bar(f64::from(candidates.threshold(self.isa(), k)) - self.gap(row));
+        let bar = self.dictionary.bar(f64::from(bound) - self.gap(row));
         if candidates.reaching(self.isa(), bar) > WAITING_PER_MEMBER * k {
             return false;
         }
@@ -91,13 +93,12 @@ impl Pass<'_> {
         true
     }
 
-    /// The bound from which on candidates are scored at once: that of rank `k`, lowered by two thirds of what it lies above its score,
-    /// unless too many would be. What is left in between once the `k`-th best score is known is little.
-    fn promising(&self, row: usize, k: usize) -> f32 {
-        let candidates = &self.bench.candidates[row];
-        let bar = candidates.threshold(self.isa(), k);
-        let likely = self.dictionary.bar(f64::from(bar) - self.gap(row) / 3.0);
-        if candidates.reaching(self.isa(), likely) > WAITING_PER_MEMBER * k { bar } else { likely }
+    /// The bound from which on candidates are scored at once: `bound`, that of rank `k`, lowered by two thirds of what it lies above its
+    /// score, unless too many would be. What is left in between once the `k`-th best score is known is little.
+    fn promising(&self, row: usize, k: usize, bound: f32) -> f32 {
+        let likely = self.dictionary.bar(f64::from(bound) - self.gap(row) / 3.0);
+        let reaching = self.bench.candidates[row].reaching(self.isa(), likely);
+        if reaching > WAITING_PER_MEMBER * k { bound } else { likely }
     }
 
     /// Keeps the k best scores of a row, and drops the candidates that can no longer be among them.
