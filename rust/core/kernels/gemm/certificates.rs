@@ -1,8 +1,7 @@
 //! Bounds against real scores, pair by pair.
 
-use super::dictionary::Packed;
 use super::dot::dot;
-use super::features::Terms;
+use super::features::{Packed, Terms};
 use super::plan::{Certificate, Plan, Screen};
 use super::strips::Strips;
 use super::tile::{COLS, ROWS};

@@ -3,7 +3,7 @@
 //! Either form of the features is one array on large pages. Scores read features here and there, and a screen reads panels
 //! that need not lie side by side: with pages of 4 KiB an array each, the encoder took 1.04 to 1.07 times as long.
 
-use super::features::{Panel, Slack, Terms};
+use super::features::{Packed, Panel, Slack, Terms};
 use super::guess::{Record, sample_first};
 use super::plan::Plan;
 use super::tile::COLS;
@@ -27,17 +27,6 @@ pub struct Dictionary {
     pub(super) largest_slack: Slack,
     pub(super) underflow: f64,
     pub(super) record: Record,
-}
-
-/// A panel with its features.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Packed<'a> {
-    pub(super) panel: &'a Panel,
-    /// The features as they are, row-major, without padding.
-    pub(super) rows: &'a [f32],
-    /// The features as the screen reads them, where it does not read them as they are.
-    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
-    pub(super) words: &'a [u32],
 }
 
 /// A dictionary whose features are still to come.

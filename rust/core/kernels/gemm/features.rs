@@ -37,6 +37,17 @@ impl Default for Panel {
     }
 }
 
+/// A panel with its features.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Packed<'a> {
+    pub(super) panel: &'a Panel,
+    /// The features as they are, row-major, without padding.
+    pub(super) rows: &'a [f32],
+    /// The features as the screen reads them, where it does not read them as they are.
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
+    pub(super) words: &'a [u32],
+}
+
 /// The widest a bound can be, over the features of a panel or dictionary; see [`super::tile`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Slack {

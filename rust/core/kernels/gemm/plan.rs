@@ -11,7 +11,7 @@
 //!
 //! A screen without dithering is deterministic whatever was asked for.
 
-use super::dictionary::Packed;
+use super::features::Packed;
 use super::quantize::{self, Limits, Rounding};
 use super::rotate::Rotation;
 use super::strips::{LINE, Strips, TILED_STRIPS};
